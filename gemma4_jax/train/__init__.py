@@ -1,0 +1,1 @@
+"""Training: optimiser, sharding, state, the one step and the one loop, metrics and checkpoints."""
