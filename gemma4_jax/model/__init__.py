@@ -1,0 +1,1 @@
+"""The network: layers, rotary embedding, masks, attention, decoder, drafter, media embedders."""

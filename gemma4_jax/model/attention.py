@@ -1,0 +1,100 @@
+"""Grouped-query attention with q/k/v norms; the caller decides what is attended to.
+
+Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N/K, H head width,
+D model width. The scale is 1.0 by default: queries and keys are normalised instead of divided by sqrt(H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.model.layers import Linear, RMSNorm, rms_normalize
+from gemma4_jax.model.rope import apply_rope
+
+MASKED = -1e30  # finite: a row with no allowed key gives a uniform softmax, not NaN
+
+Rope = tuple[jax.Array, jax.Array]
+Attend = Callable[..., tuple[jax.Array, Any]]
+
+
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    """Plain attention with an f32 softmax.
+
+    Args:
+      q: (B, T, N, H); k, v: (B, S, K, H); mask: bool (B or 1, T, S).
+
+    Returns:
+      (B, T, N, H) in q's dtype. Rows without an allowed key are finite and meaningless.
+    """
+    b, t, n, h = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(b, t, kv_heads, n // kv_heads, h)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    if scale != 1.0:
+        scores = scores * scale
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(b, t, n, h).astype(q.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention of one decoder layer.
+
+    Global layers may have no value projection (``attention_k_eq_v``): then ``v = rms(k_proj x)``, taken before the key
+    norm and RoPE, and k = rope(k_norm * v).
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+        dtype, width = jnp.dtype(config.param_dtype), config.hidden_size
+        self.config, self.kind = config, kind
+        n, kv, h = config.num_attention_heads, config.kv_heads(kind), config.head_width(kind)
+        self.q_proj = Linear(width, n * h, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(width, kv * h, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(width, kv * h, dtype=dtype, rngs=rngs) if config.separate_values(kind) else None
+        self.o_proj = Linear(n * h, width, dtype=dtype, rngs=rngs)
+        # The scale is 1, so H**-0.25 on both sides starts the scores at unit variance.
+        initial = h**-0.25 if config.attention_scale == 1.0 else 1.0
+        self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype, initial=initial)
+        self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype, initial=initial)
+
+    def qkv(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x (B, T, D) -> q (B, T, N, H), k and v (B, T, K, H); q and k normalised and turned."""
+        config, h = self.config, self.config.head_width(self.kind)
+        heads = (*x.shape[:-1], -1, h)
+        q = self.q_proj(x).reshape(heads)
+        k = self.k_proj(x).reshape(heads)
+        v = k if self.v_proj is None else self.v_proj(x).reshape(heads)
+        if config.value_norm:
+            v = rms_normalize(v, config.rms_norm_eps)
+        return apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v
+
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
+        """x (B, T, D) -> (B, T, D), aux. ``attend(self, q, k, v) -> (o (B, T, N, H), aux)``."""
+        o, aux = attend(self, *self.qkv(x, rope))
+        return self.o_proj(o.reshape(*x.shape[:-1], -1)), aux
+
+
+class QueryAttention(nnx.Module):
+    """Attention of one drafter layer: queries only, on keys and values of the target (mtp.md: sizes)."""
+
+    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+        dtype, width = jnp.dtype(config.param_dtype), config.drafter.hidden_size
+        self.config, self.kind = config, kind
+        n, h = config.drafter.num_attention_heads, config.head_width(kind)
+        self.q_proj = Linear(width, n * h, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(n * h, width, dtype=dtype, rngs=rngs)
+        initial = h**-0.25 if config.attention_scale == 1.0 else 1.0
+        self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype, initial=initial)
+
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
+        """x (B, Q, h) -> (B, Q, h), aux. ``attend(self, q) -> (o (B, Q, N, H), aux)``."""
+        q = self.q_proj(x).reshape(*x.shape[:-1], -1, self.config.head_width(self.kind))
+        o, aux = attend(self, apply_rope(self.q_norm(q), rope))
+        return self.o_proj(o.reshape(*x.shape[:-1], -1)), aux

@@ -1,0 +1,224 @@
+"""The shared-embedding decoder.
+
+Axis letters: B batch, T positions, D model width, K key/value heads, H head width, V vocabulary.
+
+The layer pattern (5 sliding + 1 global in the 12B) is one ``Group`` of blocks, stacked along a leading axis and run with
+``nnx.scan``: compile time does not grow with depth. Sampling takes the same blocks unstacked (``unstack``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.model.attention import Attend, Attention, Rope, masked_attention
+from gemma4_jax.model.audio import AudioEmbedder
+from gemma4_jax.model.layers import Embedder, FeedForward, LayerScalar, RMSNorm
+from gemma4_jax.model.masks import make_masks
+from gemma4_jax.model.rope import rope_table
+from gemma4_jax.model.vision import VisionEmbedder, place_media
+
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward pass gives.
+
+    hidden: (B, T, D), after the final norm.
+    kv: layer kind -> keys and values (B, T, K, H) of the last layer of that kind, keys after norm and RoPE.
+    """
+
+    hidden: jax.Array
+    kv: dict[str, KeysValues]
+
+
+class Block(nnx.Module):
+    """One decoder layer: two normed sub-layers with normed outputs, the whole multiplied by ``layer_scalar`` (1,)."""
+
+    def __init__(self, width: int, hidden: int, eps: float, attention: nnx.Module, *, dtype, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(width, eps, dtype=dtype)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(width, eps, dtype=dtype)
+        self.pre_feedforward_layernorm = RMSNorm(width, eps, dtype=dtype)
+        self.mlp = FeedForward(width, hidden, dtype=dtype, rngs=rngs)
+        self.post_feedforward_layernorm = RMSNorm(width, eps, dtype=dtype)
+        self.layer_scalar = LayerScalar(jnp.ones((1,), dtype))
+
+    @property
+    def kind(self) -> str:
+        """Layer kind of its attention."""
+        return self.self_attn.kind
+
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
+        """x (B, T, D) -> (B, T, D), and what ``attend`` returned beside its output."""
+        o, aux = self.self_attn(self.input_layernorm(x), rope, attend)
+        x = x + self.post_attention_layernorm(o)
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x * self.layer_scalar[...].astype(x.dtype), aux
+
+
+def decoder_block(config: ModelConfig, kind: str, rngs: nnx.Rngs) -> Block:
+    """A target layer of one kind with fresh weights."""
+    return Block(
+        config.hidden_size,
+        config.intermediate_size,
+        config.rms_norm_eps,
+        Attention(config, kind, rngs=rngs),
+        dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+class Group(nnx.Module):
+    """The repeating run of layers. ``__call__`` carries the newest keys/values of each kind along."""
+
+    def __init__(self, config: ModelConfig, kinds: tuple[str, ...], rngs: nnx.Rngs):
+        self.config = config
+        self.layers = nnx.List([decoder_block(config, kind, rngs) for kind in kinds])
+
+    def __call__(self, x, kv, ropes, masks):
+        """One pass with full masked attention; ``kv`` is replaced by this group's last of each kind."""
+        kv = dict(kv)
+        for block in self.layers:
+            x, kv[block.kind] = block(x, ropes[block.kind], _attend_with(masks[block.kind], self.config))
+        return x, kv
+
+
+def _attend_with(mask: jax.Array, config: ModelConfig) -> Attend:
+    def attend(_, q, k, v):
+        return masked_attention(q, k, v, mask, config.attention_scale), (k, v)
+
+    return attend
+
+
+def layer_pattern(layer_types: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """The shortest (group + tail) description of a layer list.
+
+    Returns:
+      (kinds of the group, repeats); layers beyond ``len(group) * repeats`` are the tail.
+    """
+    n = len(layer_types)
+    best = (n, layer_types, 1)
+    for period in range(1, n):
+        repeats = 1
+        while layer_types[repeats * period : (repeats + 1) * period] == layer_types[:period]:
+            repeats += 1
+        cost = period + n - period * repeats
+        if cost < best[0]:
+            best = (cost, layer_types[:period], repeats)
+    return best[1], best[2]
+
+
+class Gemma4(nnx.Module):
+    """The network. Attributes: embedder, groups (stacked), tail (list), final_norm, vision, audio.
+
+    Raises nothing of its own: shapes are checked where data enters (pipeline, sampler, ``g4.logits``).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.param_dtype)
+        self.config = config
+        self.embedder = Embedder(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        kinds, repeats = layer_pattern(config.layer_types)
+
+        @nnx.split_rngs(splits=repeats)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return Group(config, kinds, rngs)
+
+        self.groups = stack(rngs)
+        rest = config.layer_types[len(kinds) * repeats :]
+        self.tail = nnx.List([decoder_block(config, kind, rngs) for kind in rest])
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.vision = VisionEmbedder(config, rngs=rngs) if config.vision else None
+        self.audio = AudioEmbedder(config, rngs=rngs) if config.audio else None
+
+    def embed(self, tokens: jax.Array, media=None) -> jax.Array:
+        """Decoder inputs: tokens (B, T) int32 -> (B, T, D); media rows replace their placeholders, unscaled."""
+        dtype = jnp.dtype(self.config.dtype)
+        if media is None:
+            return self.embedder.encode(tokens, dtype)
+        return place_media(self, tokens, media)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+        media=None,
+    ) -> DecoderOutput:
+        """Whole rows at once.
+
+        Args:
+          tokens: (B, T) int32.
+          positions: (B, T) int32, restarting in each packed example; None: 0…T-1.
+          segment_ids: (B, T) int32, 0 padding; None: one example a row.
+          token_types: (B, T) int32 (0 text, 1 image, 2 video, 3 audio); None: all text.
+          media: ``gemma4_jax.media`` inputs, or None.
+        """
+        config = self.config
+        length = tokens.shape[1]
+        if positions is None:
+            positions = jnp.arange(length, dtype=jnp.int32)[None]
+        x = self.embed(tokens, media)
+        kinds = tuple(dict.fromkeys(config.layer_types))
+        ropes = {kind: rope_table(config, kind, positions) for kind in kinds}
+        masks = make_masks(config, length, segment_ids, token_types)
+        x, kv = self._run_groups(x, ropes, masks)
+        for block in self.tail:
+            x, kv[block.kind] = _remat(config, _block_step)(block, x, ropes[block.kind], masks[block.kind])
+        return DecoderOutput(self.final_norm(x), kv)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Soft-capped f32 logits: hidden (..., D) -> (..., V)."""
+        return self.embedder.decode(hidden, self.config.final_logit_softcapping)
+
+    def _run_groups(self, x, ropes, masks):
+        config = self.config
+        empty = {kind: _empty_kv(config, kind, x) for kind in dict.fromkeys(config.layer_types)}
+        body = _remat(config, lambda group, x, kv: group(x, kv, ropes, masks))
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def run(carry, group):
+            return body(group, *carry)
+
+        return run((x, empty), self.groups)
+
+
+def _empty_kv(config: ModelConfig, kind: str, x: jax.Array) -> KeysValues:
+    shape = (*x.shape[:2], config.kv_heads(kind), config.head_width(kind))
+    return jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)
+
+
+def _block_step(block, x, rope, mask):
+    return block(x, rope, _attend_with(mask, block.self_attn.config))
+
+
+def _remat(config: ModelConfig, function):
+    """Recompute in the backward pass: nothing, everything but matrix products, or the whole layer group."""
+    if config.remat == "none":
+        return function
+    policy = jax.checkpoint_policies.checkpoint_dots if config.remat == "dots" else None
+    return nnx.remat(function, policy=policy)
+
+
+def unstack(model: Gemma4) -> list[Block]:
+    """The blocks in layer order, each with weights of its own sliced out of the stack (a copy: for sampling)."""
+    _, repeats = layer_pattern(model.config.layer_types)
+    graph, state = nnx.split(model.groups)
+    blocks = []
+    for i in range(repeats):
+        group = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
+        blocks.extend(group.layers)
+    return [*blocks, *model.tail]
+
+
+def last_of_kind(config: ModelConfig, kind: str) -> int:
+    """Index of the last layer of a kind: the one whose keys and values the drafter reads."""
+    return max(i for i, k in enumerate(config.layer_types) if k == kind)

@@ -1,0 +1,126 @@
+"""Building blocks: linear maps, norms, the gated feed-forward and the shared embedding table.
+
+Axis letters: B batch, T positions, D model width, F feed-forward width, V vocabulary, I inputs, O outputs.
+Weights are stored as published: linear ``(O, I)``, table ``(V, D)``. Row-major rows of the output side are also what a
+one-row product reads fastest.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class LayerScalar(nnx.Variable):
+    """One stored number per layer; loaded from checkpoints, not trained by default (spec: one decoder layer)."""
+
+
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``x @ weight.T`` accumulated in f32, in x's dtype. x (..., I), weight (O, I) -> (..., O)."""
+    y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A linear map without bias unless asked. weight (out, in), bias (out,)."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, dtype, rngs: nnx.Rngs):
+        std = in_features**-0.5
+        self.weight = nnx.Param(_truncated_normal(rngs.params(), (out_features, in_features), std, dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., in) -> (..., out) in x's dtype."""
+        y = matmul(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in f32, multiplied by ``weight`` (not ``1 + weight``). weight (D,)."""
+
+    def __init__(self, width: int, eps: float, *, dtype, initial: float = 1.0):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.full((width,), initial, dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., D) -> (..., D) in x's dtype."""
+        return (_rms(x, self.eps) * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """The norm without a weight, computed in f32, in x's dtype."""
+    return _rms(x, eps).astype(x.dtype)
+
+
+def _rms(x, eps):
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with weight and bias, computed in f32. weight, bias (D,)."""
+
+    def __init__(self, width: int, eps: float, *, dtype):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((width,), dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., D) -> (..., D) in x's dtype."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """Gated GELU (tanh form): ``down(gelu(gate x) * up x)``."""
+
+    def __init__(self, width: int, hidden: int, *, dtype, rngs: nnx.Rngs):
+        self.gate_proj = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., D) -> (..., D)."""
+        return self.down_proj(jax.nn.gelu(self.gate_proj(x), approximate=True) * self.up_proj(x))
+
+
+class Embedder(nnx.Module):
+    """The shared table: input embedding and output head. table (V, D)."""
+
+    def __init__(self, vocab_size: int, width: int, *, dtype, rngs: nnx.Rngs):
+        # The input side is multiplied by sqrt(D), so D**-0.5 gives unit-variance rows there and unit logits here.
+        self.table = nnx.Param(_truncated_normal(rngs.params(), (vocab_size, width), width**-0.5, dtype))
+
+    def encode(self, tokens: jax.Array, dtype) -> jax.Array:
+        """Scaled embeddings: tokens (B, T) int32 -> (B, T, D).
+
+        The factor sqrt(D) is rounded to the table's dtype (bf16 at D=3840: 62.0; f32: 61.96773), as published.
+        """
+        table = self.table[...]
+        return (table[tokens] * embedding_scale(table)).astype(dtype)
+
+    def decode(self, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
+        """Logits in f32 from the unscaled table: hidden (..., D) -> (..., V)."""
+        table = self.table[...]
+        logits = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return soft_cap(logits, softcap)
+
+
+def embedding_scale(table: jax.Array) -> jax.Array:
+    """sqrt(D) in the table's dtype."""
+    return jnp.asarray(table.shape[-1] ** 0.5, table.dtype)
+
+
+def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
+    """``cap * tanh(logits / cap)``; the identity when cap is None."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _truncated_normal(key, shape, std, dtype):
+    # 0.87962566 is the standard deviation of a unit normal cut at +-2.
+    draw = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+    return (draw * (std / 0.87962566)).astype(dtype)
