@@ -1,0 +1,172 @@
+"""What training carries along: weights, moments, step and random key, as plain arrays.
+
+The modules themselves are rebuilt from a flat dict of weights inside the compiled step (``Network.merge``), so that there is
+no hidden state and one dict says everything there is to save.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.errors import ConfigError
+from gemma4_jax.losses import LossConfig
+from gemma4_jax.model.decoder import Gemma4
+from gemma4_jax.model.drafter import Drafter
+from gemma4_jax.train import optimizer as optimizers
+from gemma4_jax.train import sharding, trees
+
+Params = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a run between two steps.
+
+    params: trainable weights by name. frozen: all others. opt_state: of the optimiser, f32. step: int32, updates done.
+    key: uint32 data of the run's random key.
+    """
+
+    params: Params
+    frozen: Params
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+
+
+class Network:
+    """Target and drafter as functions of a flat dict of weights, named ``model/…`` and ``drafter/…``.
+
+    Attributes:
+      config: the model configuration.
+      shapes: name -> ``jax.ShapeDtypeStruct``, known without allocating anything.
+      variables: names of weights that are no ``nnx.Param`` (layer scalars, centroids, token orders): never trained.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        parts = nnx.eval_shape(lambda: _build(config, jax.random.key(0)))
+        self._parts = {part: nnx.split(module) for part, module in parts.items()}
+        self._flat = {part: nnx.to_flat_state(state) for part, (_, state) in self._parts.items()}
+        abstract = {name: variable for part in self._flat for name, variable in self._named(part, self._flat[part])}
+        self.shapes = {name: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype) for name, v in abstract.items()}
+        self.variables = {name for name, variable in abstract.items() if not isinstance(variable, nnx.Param)}
+
+    @staticmethod
+    def _named(part: str, flat):
+        return [(trees.SEPARATOR.join(map(str, (part, *path))), variable) for path, variable in flat]
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh weights; under jit with output shardings they are created in place."""
+        return self.weights(_build(self.config, key))
+
+    def weights(self, modules: Mapping[str, nnx.Module]) -> Params:
+        """The weights of ``{"model": Gemma4, "drafter": Drafter}`` as a flat dict."""
+        named = (self._named(part, nnx.to_flat_state(nnx.state(module))) for part, module in modules.items())
+        return {name: variable.get_value() for pairs in named for name, variable in pairs}
+
+    def merge(self, params: Mapping[str, jax.Array]) -> tuple[Gemma4, Drafter | None]:
+        """The modules with these weights."""
+        modules = {}
+        for part, (graph, _) in self._parts.items():
+            names = (name for name, _ in self._named(part, self._flat[part]))
+            leaves = [(path, v.replace(params[name])) for name, (path, v) in zip(names, self._flat[part], strict=True)]
+            modules[part] = nnx.merge(graph, nnx.from_flat_state(leaves))
+        return modules["model"], modules.get("drafter")
+
+
+def _build(config: ModelConfig, key: jax.Array) -> dict[str, nnx.Module]:
+    target_key, drafter_key = jax.random.split(key)
+    modules: dict[str, nnx.Module] = {"model": Gemma4(config, rngs=nnx.Rngs(params=target_key))}
+    if config.drafter is not None:
+        modules["drafter"] = Drafter(config, rngs=nnx.Rngs(params=drafter_key))
+    return modules
+
+
+def untrained(network: Network, loss: LossConfig, has_media: bool) -> dict[str, str]:
+    """Weights that no gradient reaches, with the reason: they must not decay or carry moments in the optimiser."""
+    reasons = {}
+    for name in network.shapes:
+        if name in network.variables:
+            reasons[name] = "a stored constant"
+        elif name.startswith("drafter/") and not loss.uses_drafter:
+            reasons[name] = "no multi-token loss"
+        elif name.startswith("drafter/post_projection/") and loss.mtp_steps == 1:
+            reasons[name] = "mtp_steps is 1: nothing is fed back"
+        elif name.startswith(("model/vision/", "model/audio/")) and not has_media:
+            reasons[name] = "the data has no media"
+    return reasons
+
+
+def trainable_names(network: Network, loss: LossConfig, patterns: Sequence[str], has_media: bool = False) -> set[str]:
+    """Weights to train: those that ``train.trainable`` selects and a gradient can reach.
+
+    Raises:
+      ConfigError: from ``optimizer.select``, or when nothing is left.
+    """
+    chosen = optimizers.select(list(network.shapes), patterns)
+    names = chosen - set(untrained(network, loss, has_media))
+    if not names:
+        raise ConfigError(f"train.trainable {list(patterns)} leaves nothing to train")
+    return names
+
+
+def create_state(
+    network: Network,
+    names: set[str],
+    optimizer: optax.GradientTransformation,
+    seed: int,
+) -> TrainState:
+    """A fresh state; a function of the seed alone, whatever the mesh. For jit or eval_shape."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    weights = network.init(init_key)
+    params = {name: weights[name] for name in weights if name in names}
+    frozen = {name: weights[name] for name in weights if name not in names}
+    return TrainState(
+        params=params,
+        frozen=frozen,
+        opt_state=optimizers.init(optimizer, params),
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(run_key),
+    )
+
+
+def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh) -> TrainState:
+    """Where each leaf of an (abstract) state lives: a TrainState of ``NamedSharding``."""
+    parameters = sharding.parameter_shardings({**state.params, **state.frozen}, config, mesh)
+    return TrainState(
+        params={name: parameters[name] for name in state.params},
+        frozen={name: parameters[name] for name in state.frozen},
+        opt_state=sharding.shardings_like(state.opt_state, parameters, mesh),
+        step=sharding.replicated(mesh),
+        key=sharding.replicated(mesh),
+    )
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """Checkpoint items ``params`` and ``train``: nested pure dicts (of arrays, or of shapes for an abstract state)."""
+    return {
+        "params": trees.unflatten({**state.params, **state.frozen}),
+        "train": {"step": state.step, "key": state.key, "optimizer": trees.named_leaves(state.opt_state)},
+    }
+
+
+def from_items(items: Mapping[str, Any], like: TrainState) -> TrainState:
+    """Inverse of ``to_items`` for a state of the structure of ``like``."""
+    params, train = trees.flatten(items["params"]), items["train"]
+    return TrainState(
+        params={name: params[name] for name in like.params},
+        frozen={name: params[name] for name in like.frozen},
+        opt_state=trees.from_named_leaves(like.opt_state, train["optimizer"]),
+        step=train["step"],
+        key=train["key"],
+    )

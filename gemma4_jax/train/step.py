@@ -1,0 +1,159 @@
+"""The one training step and the one evaluation step.
+
+Axis letters: B rows of the whole step over all devices, A micro-batches, T positions.
+
+Loss terms are sums over supervised tokens divided by the counts of the whole step, so that splitting a batch into
+micro-batches or over devices changes nothing but the order of additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma4_jax.losses import LossConfig, compute_losses, draft_agreement, loss_denominators
+from gemma4_jax.train import optimizer as optimizers
+from gemma4_jax.train.sharding import BATCH_AXES, batch_sharding, replicated
+from gemma4_jax.train.state import Network, TrainState
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+def gradients(
+    network: Network, loss: LossConfig, params, frozen, batch: Batch, *, accumulation: int = 1, mesh: Mesh | None = None
+) -> tuple[dict[str, jax.Array], Metrics]:
+    """Gradients of the step's loss and its parts.
+
+    Args:
+      params, frozen: flat dicts of weights; only ``params`` is differentiated.
+      batch: ``tokens``, ``loss_mask``, ``segment_ids``, ``positions`` (B, T) and whatever else has rows in front.
+      accumulation: A micro-batches, run one after another.
+      mesh: keeps every micro-batch spread over the batch axes.
+
+    Returns:
+      gradients by name (f32 when A > 1, else in the weights' dtype); and ``loss``, ``supervised_tokens`` and the mean of
+      each loss term. Without any supervised token all of them are 0.
+    """
+    denominators = loss_denominators(batch, loss)
+
+    def micro(params, rows):
+        model, drafter = network.merge({**params, **frozen})
+        return compute_losses(model, drafter, rows, loss, denominators)
+
+    value_and_grad = jax.value_and_grad(micro, has_aux=True)
+    if accumulation == 1:
+        (total, sums), grads = value_and_grad(params, batch)
+    else:
+
+        def add(carry, rows):
+            result = value_and_grad(params, rows)
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), carry, result), None
+
+        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[: x.shape[0] // accumulation], batch))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+        ((total, sums), grads), _ = jax.lax.scan(add, zeros, _micro_batches(batch, accumulation, mesh))
+    metrics = {"loss": total, "supervised_tokens": denominators["next_token"]}
+    metrics |= {f"{term}_loss": sums[term] / jnp.maximum(denominators[term], 1.0) for term in sums}
+    return grads, metrics
+
+
+def _micro_batches(batch: Batch, accumulation: int, mesh: Mesh | None) -> Batch:
+    """(B, …) → (A, B/A, …): micro-batch a takes rows a, a+A, …, so that no row leaves its device."""
+
+    def split(x):
+        x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
+
+    return jax.tree.map(split, batch)
+
+
+def make_train_step(
+    network: Network,
+    loss: LossConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: optimizers.Schedule,
+    *,
+    accumulation: int,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step ``(state, batch) -> (state, metrics)``; the state is donated.
+
+    Metrics are f32 scalars: those of ``gradients``, ``learning_rate``, ``gradient_norm`` (before clipping), ``tokens``
+    (not padding), ``empty_steps`` (1 when nothing was supervised).
+    """
+
+    def train_step(state: TrainState, batch: Batch):
+        grads, metrics = gradients(
+            network, loss, state.params, state.frozen, batch, accumulation=accumulation, mesh=mesh
+        )
+        params, opt_state = optimizers.update(optimizer, grads, state.opt_state, state.params)
+        metrics |= {
+            "learning_rate": schedule(state.step),
+            "gradient_norm": optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)),
+            "tokens": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
+            "empty_steps": (metrics["supervised_tokens"] == 0).astype(jnp.float32),
+        }
+        state = TrainState(params, state.frozen, opt_state, state.step + jnp.int32(1), state.key)
+        return state, metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    network: Network, loss: LossConfig, *, mesh: Mesh, shardings: TrainState
+) -> Callable[[dict, dict, Batch], Metrics]:
+    """The compiled evaluation ``(params, frozen, batch) -> sums``; add them over batches and give them to ``eval_means``.
+
+    Sums are f32 scalars: ``next_token`` (nats), ``count_next_token``, and with a drafter those of
+    ``losses.draft_agreement`` and of each draft step's loss.
+    """
+
+    def eval_step(params, frozen, batch):
+        model, drafter = network.merge({**params, **frozen})
+        counts = loss_denominators(batch, loss)
+        _, sums = compute_losses(model, drafter, batch, loss, counts)
+        sums |= {f"count_{term}": count for term, count in counts.items()}
+        if loss.uses_drafter:
+            sums |= draft_agreement(model, drafter, batch, loss)
+        return sums
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(shardings.params, shardings.frozen, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def eval_means(sums: Mapping[str, float], loss: LossConfig) -> dict[str, float]:
+    """Means over the held-out rows: ``next_token_loss``, ``mtp_j_loss``, ``acceptance_j``, ``mean_accepted``, ….
+
+    ``acceptance_j`` is how often step j's token equals the target's choice with the true tokens before it;
+    ``mean_accepted`` adds the products: the tokens a round would keep if the steps failed independently, the target's own
+    not counted. ``acceptance_sampled_1`` is the chance that sampling at temperature 1 keeps the first drafted token.
+    """
+    means = {"next_token_loss": sums["next_token"] / max(sums["count_next_token"], 1.0)}
+    if not loss.uses_drafter:
+        return means
+    kept, mean_accepted = 1.0, 0.0
+    for j in range(1, loss.mtp_steps + 1):
+        means[f"mtp_{j}_loss"] = sums[f"mtp_{j}"] / max(sums[f"count_mtp_{j}"], 1.0)
+        means[f"acceptance_{j}"] = sums[f"agree_{j}"] / max(sums[f"count_{j}"], 1.0)
+        kept *= means[f"acceptance_{j}"]
+        mean_accepted += kept
+    means["mean_accepted"] = mean_accepted
+    means["acceptance_sampled_1"] = sums["probability_1"] / max(sums["count_1"], 1.0)
+    return means
