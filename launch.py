@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from gemma4_jax.train.checkpoints import list_steps, write_atomically
 from gemma4_jax.train.signals import Interrupted, raise_on_sigterm
 
 ROOT = Path(__file__).resolve().parent
+INPUT_ERRORS = (ConfigError, DataError, CheckpointError, MediaError, PromptError)
 RESUME = ("auto", "never", "must")
 
 
@@ -68,10 +70,8 @@ def main(argv: list[str]) -> int:
     try:
         with raise_on_sigterm():
             return _main(argv)
-    except ConfigError as error:
-        return _report(error, 2, debug)
-    except (DataError, CheckpointError, MediaError, PromptError) as error:
-        return _report(error, 3, debug)
+    except INPUT_ERRORS as error:
+        return _report(error, 2 if isinstance(error, ConfigError) else 3, debug)
     except Interrupted as stop:
         return 128 + stop.signal
     except KeyboardInterrupt:
@@ -111,16 +111,21 @@ def run_one(config, workdir: Path, args: argparse.Namespace) -> int:
     experiment = experiments.get_experiment(config.experiment)
     text = json.dumps(run_config.resolved(config), indent=2)
     if args.dry_run:
-        print(text)
-        if callable(getattr(experiment, "plan", None)):
-            print(experiment.plan(config))
+        plan = experiment.plan(config) if "plan" in vars(experiment) else ""
+        print("\n".join(filter(None, [text, plan])))
         return 0
     check_workdir(workdir, run_config.resolved(config), args.resume)
+    fresh = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "config.json", text + "\n")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    with profiling.requested(workdir / "profile" if args.profile else None):
-        results = experiment.run(config, workdir)
+    try:
+        with profiling.requested(workdir / "profile" if args.profile else None):
+            results = experiment.run(config, workdir)
+    except INPUT_ERRORS:
+        if fresh and not list_steps(workdir / "checkpoints"):
+            shutil.rmtree(workdir)  # made by this very call: a refused run leaves nothing half-written
+        raise
     if results is not None:
         write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     return 0

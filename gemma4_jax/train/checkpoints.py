@@ -221,6 +221,7 @@ class Checkpoints:
           CheckpointError: a readable checkpoint holds another tree, or every checkpoint is damaged.
         """
         steps = list_steps(self.directory)
+        last_error: CheckpointError | None = None
         for step in reversed(steps):
             path = self.directory / step_name(step)
             try:
@@ -230,8 +231,9 @@ class Checkpoints:
                 raise
             except CheckpointError as error:
                 log.warning("skipping a checkpoint: %s", error)
-        if steps:
-            raise CheckpointError(f"none of the {len(steps)} checkpoints in {self.directory} can be read")
+                last_error = error
+        if last_error is not None:
+            raise CheckpointError(f"no checkpoint in {self.directory} can be read; the oldest: {last_error}")
         return None
 
     def clean(self) -> None:

@@ -1,0 +1,50 @@
+"""Train from scratch: data, trainer, loop, final numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gemma4_jax.data import compressed_bits_per_byte, heldout_text
+from gemma4_jax.errors import ConfigError
+from gemma4_jax.train import defaults
+from gemma4_jax.train.feed import Feed
+from gemma4_jax.train.loop import TrainResult, train
+
+
+def plan(config) -> str:
+    """Sizes of the run, for ``--dry_run``."""
+    model = defaults.model_config(config)
+    return defaults.describe(config, model, defaults.make_trainer(config, model))
+
+
+def run(config, workdir: Path) -> dict[str, Any]:
+    """Train; returns the flat final numbers."""
+    model = defaults.model_config(config)
+    trainer = defaults.make_trainer(config, model)
+    feed = Feed(config.data, workdir)
+    if feed.tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(f"the tokenizer has {feed.tokenizer.vocab_size} entries but the model {model.vocab_size}")
+    result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)))
+    return training_results(trainer, config, result)
+
+
+def training_results(trainer, config, result: TrainResult) -> dict[str, Any]:
+    """The part of ``results.json`` that training knows."""
+    model, evaluation = trainer.network.config, result.evaluation
+    steps = range(1, config.loss.mtp_steps + 1) if trainer.loss.uses_drafter else ()
+    return {
+        "params": model.num_parameters(),
+        "drafter_params": model.num_parameters(drafter=True),
+        "train_steps": config.train.steps,
+        "train_tokens": int(result.totals.tokens),
+        "train_seconds": result.totals.seconds,
+        "tokens_per_second": result.totals.tokens_per_second,
+        "empty_steps": int(result.totals.empty_steps),
+        "val_loss": evaluation["next_token_loss"],
+        "val_bits_per_byte": evaluation["bits_per_byte"],
+        "xz_bits_per_byte": compressed_bits_per_byte(heldout_text(config.data)),
+        "acceptance_per_step": [evaluation[f"acceptance_{j}"] for j in steps],
+        "mean_accepted": evaluation.get("mean_accepted"),
+        "acceptance_sampled": evaluation.get("acceptance_sampled_1"),
+    }

@@ -1,0 +1,130 @@
+"""The sections of a training run's config, their defaults, and what is built from them.
+
+Every section is the fields of one dataclass, so names, defaults and limits stand in one place each; config files start
+from ``training_config`` and change fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gemma4_jax.config import ModelConfig, get_preset
+from gemma4_jax.data import DataOptions, data_defaults
+from gemma4_jax.errors import ConfigError
+from gemma4_jax.losses import LossConfig
+from gemma4_jax.train import trees
+from gemma4_jax.train.optimizer import OptimizerConfig
+from gemma4_jax.train.sharding import MeshConfig
+from gemma4_jax.train.trainer import Trainer, TrainOptions
+
+DERIVED = ("vocab_shards",)  # fields of LossConfig that follow from the mesh
+
+
+def training_config(experiment: str) -> ConfigDict:
+    """All sections with their defaults, locked; config files change the fields they are about.
+
+    Sections: ``experiment``, ``seed``, ``model`` (a preset), ``model_overrides`` (fields of ModelConfig, those of its parts
+    in sections of their own), ``data``, ``loss``, ``optimizer``, ``train``, ``mesh``.
+    """
+    loss = {name: value for name, value in dataclasses.asdict(LossConfig()).items() if name not in DERIVED}
+    config = ConfigDict(
+        {
+            "experiment": experiment,
+            "seed": 0,
+            "model": "tiny",
+            "model_overrides": {},
+            "data": data_defaults(),
+            "loss": loss,
+            "optimizer": dataclasses.asdict(OptimizerConfig()),
+            "train": dataclasses.asdict(TrainOptions()),
+            "mesh": dataclasses.asdict(MeshConfig()),
+        }
+    )
+    return config.lock()
+
+
+def override_model(config: ConfigDict, **fields: Any) -> None:
+    """Set fields of ``config.model_overrides`` (nested dicts for ``drafter``, ``vision``, ``audio``)."""
+    with config.model_overrides.unlocked():
+        config.model_overrides.update(ConfigDict(fields))
+
+
+def model_config(config: ConfigDict) -> ModelConfig:
+    """The model of a run. Raises ConfigError for an unknown preset or field, or a contradiction with ``data``."""
+    overrides = trees.flatten(config.model_overrides.to_dict()) if config.model_overrides else {}
+    model = get_preset(config.model, **{name.replace(trees.SEPARATOR, "."): v for name, v in overrides.items()})
+    data = DataOptions.of(config.data)
+    if not data.tokenizer and data.vocab_size != model.vocab_size:
+        raise ConfigError(
+            f"data.vocab_size {data.vocab_size} differs from the model's vocab_size {model.vocab_size}; "
+            f"set config.model_overrides.vocab_size={data.vocab_size}"
+        )
+    if data.seq_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"data.seq_len {data.seq_len} is more than the model's max_position_embeddings {model.max_position_embeddings}"
+        )
+    return model
+
+
+def make_trainer(config: ConfigDict, model: ModelConfig, **kwargs: Any) -> Trainer:
+    """The Trainer of a run's sections; ``kwargs`` as in ``Trainer`` (``has_media``, ``devices``)."""
+    return Trainer(
+        model,
+        loss=LossConfig(**config.loss),
+        optimizer=OptimizerConfig(**config.optimizer),
+        options=TrainOptions(**config.train),
+        mesh=MeshConfig(**config.mesh),
+        seed=config.seed,
+        batch_size=config.data.batch_size,
+        **kwargs,
+    )
+
+
+def model_json(model: ModelConfig) -> str:
+    """Text of a checkpoint's ``config.json``."""
+    return json.dumps(model.to_dict(), indent=2) + "\n"
+
+
+def describe(config: ConfigDict, model: ModelConfig, trainer: Trainer) -> str:
+    """What ``--dry_run`` says about a training run: sizes, without allocating anything."""
+    shapes = trainer.network.shapes
+
+    def count(names):
+        return sum(_size(shapes[name]) for name in names)
+
+    parts = model.parameters_by_part()
+    state = trainer.abstract
+    held = {"weights": {**state.params, **state.frozen}, "moments": state.opt_state, "gradients": state.params}
+    per_device = {name: sum(map(_local_bytes, _leaves(tree))) for name, tree in held.items()}
+    tokens = config.data.batch_size * config.data.seq_len
+    lines = [
+        "parameters: " + ", ".join(f"{name} {size:,}" for name, size in parts.items() if size),
+        f"trained: {count(trainer.names):,} of {count(shapes):,}",
+        "mesh: " + " x ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items()),
+        "bytes per device: " + ", ".join(f"{name} {size:,}" for name, size in per_device.items()),
+        f"tokens: {tokens:,} a step, {tokens * config.train.steps:,} in {config.train.steps:,} steps",
+    ]
+    return "\n".join(lines)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return list(trees.named_leaves(tree).values()) if not isinstance(tree, Mapping) else list(tree.values())
+
+
+def _size(leaf: Any) -> int:
+    size = 1
+    for n in leaf.shape:
+        size *= n
+    return size
+
+
+def _local_bytes(leaf: Any) -> int:
+    size = leaf.dtype.itemsize
+    for n in leaf.sharding.shard_shape(leaf.shape):
+        size *= n
+    return size

@@ -1,0 +1,49 @@
+"""The loop's data: tokenizer, training and held-out batches of one run (see ``gemma4_jax.data``)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma4_jax.data import BatchIterator, DataOptions, get_tokenizer, learnt_bytes, make_dataset
+
+
+class Feed:
+    """Batches of this process's rows, from a run's ``data`` section.
+
+    Args:
+      data: the section.
+      workdir: folder of the run, where a trained tokenizer and tokens are kept.
+
+    Raises:
+      ConfigError, DataError, PromptError: as the data package raises them.
+    """
+
+    def __init__(self, data: Mapping[str, Any], workdir: Path):
+        self.options = DataOptions.of(data)
+        self.tokenizer = get_tokenizer(self.options, workdir)
+        place = jax.process_index(), jax.process_count()
+        self.train = make_dataset(self.options, self.tokenizer, "train", workdir, *place)
+        self.heldout = make_dataset(self.options, self.tokenizer, "heldout", workdir, *place)
+        self._byte_lengths = self.tokenizer.byte_lengths()
+
+    def train_iterator(self) -> BatchIterator:
+        """Endless, shuffled, checkpointable."""
+        return iter(self.train)
+
+    def heldout_batches(self, limit: int) -> Iterable[Mapping[str, np.ndarray]]:
+        """The first ``limit`` batches of the held-out rows (0: all), the same each time."""
+        return itertools.islice(iter(self.heldout), limit or None)
+
+    def count_bytes(self, batch: Mapping[str, np.ndarray]) -> int:
+        """Bytes of text that the supervised tokens spell."""
+        return learnt_bytes(batch, self._byte_lengths)
+
+    def files(self, model_config_json: str) -> dict[str, str]:
+        """Plain files of a checkpoint: the model configuration and the tokenizer."""
+        return {"config.json": model_config_json, "tokenizer.json": self.tokenizer.to_json()}

@@ -1,0 +1,120 @@
+"""Everything compiled and placed for one run: network, mesh, optimiser, shardings and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.errors import ConfigError
+from gemma4_jax.losses import LossConfig
+from gemma4_jax.train import optimizer as optimizers
+from gemma4_jax.train import sharding
+from gemma4_jax.train import state as states
+from gemma4_jax.train import step as steps
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Fields of ``config.train``.
+
+    steps: optimiser updates. accumulation: micro-batches of one update. log_every, eval_every, checkpoint_every: in steps
+    (0: never; the last step is always evaluated and saved). eval_batches, final_eval_batches: held-out batches of an
+    evaluation on the way and of the last one (0: all). keep: newest checkpoints to keep. trainable: glob patterns over parameter names, ``!pattern`` leaves out, the last match
+    decides.
+    """
+
+    steps: int = 1000
+    accumulation: int = 1
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 16
+    final_eval_batches: int = 0
+    checkpoint_every: int = 0
+    keep: int = 2
+    trainable: tuple[str, ...] = ("*",)
+
+    def __post_init__(self):
+        for name in ("steps", "accumulation", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("eval_every", "eval_batches", "final_eval_batches", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must not be negative")
+
+
+class Trainer:
+    """A training run without its data.
+
+    Args:
+      model: the model configuration.
+      loss, optimizer, options, mesh: sections of the run's config.
+      seed: of the weights and of the run's random key.
+      batch_size: rows of one update over all processes.
+      has_media: whether batches carry images or sound (else their embedders are left out of the optimiser).
+      devices: None for all.
+
+    Attributes:
+      network, mesh, names (trained parameters), abstract (TrainState of shapes with shardings), train_step, eval_step.
+
+    Raises:
+      ConfigError: contradictions between the sections, naming the fields.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        loss: LossConfig,
+        optimizer: optimizers.OptimizerConfig,
+        options: TrainOptions,
+        mesh: sharding.MeshConfig,
+        seed: int,
+        batch_size: int,
+        has_media: bool = False,
+        devices: Sequence[Any] | None = None,
+    ):
+        if loss.uses_drafter and model.drafter is None:
+            raise ConfigError(
+                f"loss.mtp_steps {loss.mtp_steps} needs a drafter, but the model has drafter None; set loss.mtp_weight=0"
+            )
+        self.seed, self.options = seed, options
+        self.mesh = sharding.make_mesh(mesh, devices)
+        sharding.check_batch(batch_size, options.accumulation, self.mesh)
+        self.loss = dataclasses.replace(loss, vocab_shards=self.mesh.shape["tensor"])
+        self.network = states.Network(model)
+        self.names = states.trainable_names(self.network, self.loss, options.trainable, has_media)
+        schedule = optimizers.make_schedule(optimizer, options.steps)
+        self.optimizer = optimizers.make_optimizer(optimizer, schedule, sorted(self.names))
+        create = functools.partial(states.create_state, self.network, self.names, self.optimizer, seed)
+        shapes = jax.eval_shape(create)
+        self.shardings = states.state_shardings(shapes, model, self.mesh)
+        self.abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, self.shardings
+        )
+        self._create = jax.jit(create, out_shardings=self.shardings)
+        self.train_step = steps.make_train_step(
+            self.network, self.loss, self.optimizer, schedule,
+            accumulation=options.accumulation, mesh=self.mesh, shardings=self.shardings,
+        )  # fmt: skip
+        self.eval_step = steps.make_eval_step(self.network, self.loss, mesh=self.mesh, shardings=self.shardings)
+
+    def init(self) -> states.TrainState:
+        """A fresh state, each leaf created where it lives."""
+        return self._create()
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch on the mesh."""
+        return sharding.place_batch(batch, self.mesh)
+
+    def abstract_batch(self, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a text batch (B, T), for lowering without data."""
+        place = sharding.batch_sharding(self.mesh)
+        kinds = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32, "positions": jnp.int32}
+        return {name: jax.ShapeDtypeStruct((batch_size, seq_len), k, sharding=place) for name, k in kinds.items()}
