@@ -20,7 +20,7 @@ from gemma4_jax.media.audio import MAX_TOKENS, ON_LONG, prepare_audio
 from gemma4_jax.media.images import BUDGETS, prepare_image
 from gemma4_jax.media.video import BUDGET, NUM_FRAMES, prepare_video, timestamp
 from gemma4_jax.model.vision import PADDING_POSITION, MediaInputs
-from gemma4_jax.text.pieces import AUDIO, IMAGE, VIDEO, Control, Pieces, split_controls
+from gemma4_jax.text.pieces import AUDIO, IMAGE, VIDEO, Control, Pieces, placeholder, split_controls
 
 TEXT_TYPE, IMAGE_TYPE, VIDEO_TYPE, AUDIO_TYPE = 0, 1, 2, 3
 _KIND = {IMAGE: "image", AUDIO: "audio", VIDEO: "video"}
@@ -295,11 +295,6 @@ def token_types(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     for kind, index in soft.items():
         types[np.asarray(tokens) == index] = kind
     return types
-
-
-def placeholder(mark: Control) -> list[str]:
-    """A medium's place in a text: images and videos stand between empty lines, sound does not (spec: chat)."""
-    return [mark] if mark == AUDIO else ["\n\n", mark, "\n\n"]
 
 
 def bucket(count: int, smallest: int = _SMALLEST_BUCKET) -> int:

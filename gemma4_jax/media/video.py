@@ -156,6 +156,7 @@ def _read_animation(image: Image.Image, name: str, source_fps: float | None, cho
     total = int(getattr(image, "n_frames", 1))
     if total > MAX_FRAMES:
         raise MediaError(f"{name} has {total} frames; the limit is {MAX_FRAMES}")
+    image.load()  # WebP tells durations only of decoded frames
     duration = image.info.get("duration")  # milliseconds of the first frame
     clip_fps = _positive_fps(source_fps or (1000.0 / duration if duration else None), name)
     indices = choose(total, clip_fps)

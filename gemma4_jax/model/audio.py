@@ -24,6 +24,6 @@ class AudioEmbedder(nnx.Module):
         )
 
     def __call__(self, frames: jax.Array) -> jax.Array:
-        """frames (..., S) f32 samples in [-1, 1] -> (..., D) in the activation dtype; an all-zero frame stays finite."""
+        """frames (..., S) f32 samples in [-1, 1] -> (..., D) in the activation dtype; a frame of zeros stays finite."""
         normed = rms_normalize(frames.astype(jnp.float32), self.eps)
         return self.embedding_projection(normed.astype(self.dtype))

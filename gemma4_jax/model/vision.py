@@ -1,6 +1,7 @@
 """Encoder-free image input, and the placing of media rows over their placeholder tokens.
 
-Axis letters: B batch, T positions, P patches, A audio frames, X = 6912 numbers of a patch, E embedder width, D model width.
+Axis letters: B batch, T positions, P patches, A audio frames, X = 6912 numbers of a patch, E embedder width, D model
+width.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class VisionEmbedder(nnx.Module):
     """Pixels straight into the decoder: ``LN -> Dense -> LN -> + x and y position -> LN -> RMSNorm -> Linear``.
 
     Attributes: patch_ln1 (X), patch_dense (E, X) with bias, patch_ln2 (E), pos_embedding (N, 2, E), pos_norm (E),
-    embedding_projection (D, E). Source: spec, encoder-free inputs. Norms are f32 whatever the activation dtype, and so is
-    the accumulation of the 6912-wide product (fp16 would overflow there).
+    embedding_projection (D, E). Source: spec, encoder-free inputs. Norms are f32 whatever the activation dtype, and so
+    is the accumulation of the 6912-wide product (fp16 would overflow there).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):

@@ -39,6 +39,11 @@ def split_controls(text: str, names: Iterable[str]) -> Pieces:
     return Pieces(Control(part) if index % 2 else part for index, part in enumerate(parts) if part)
 
 
+def placeholder(mark: Control) -> list[str]:
+    """A medium's place in a text: images and videos stand between empty lines, sound does not."""
+    return [mark] if mark == AUDIO else ["\n\n", mark, "\n\n"]
+
+
 def to_text(pieces: Iterable[str]) -> str:
     """The pieces written one after the other, for display."""
     return "".join(pieces)
