@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import absl.flags
 import grain
 import numpy as np
 
@@ -199,11 +200,12 @@ class BatchDataset:
         options = self._options
         batches = self._rows[row:].batch(options.batch_size, drop_remainder=True).map(self._assemble)
         if not options.workers:
-            return iter(
-                batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=options.prefetch))
-            )
-        per_worker = grain.MultiprocessingOptions(num_workers=options.workers, per_worker_buffer_size=options.prefetch)
+            thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=options.prefetch)
+            return iter(batches.to_iter_dataset(thread))
+        if not absl.flags.FLAGS.is_parsed():  # Grain's workers read its flags, which only an absl program parses
+            absl.flags.FLAGS.mark_as_parsed()
         alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        per_worker = grain.MultiprocessingOptions(options.workers, per_worker_buffer_size=options.prefetch)
         return iter(batches.to_iter_dataset(alone).mp_prefetch(per_worker))
 
 
