@@ -71,8 +71,9 @@ def open_tfds(spec: str, name: str, split: str, options: DataOptions) -> tuple[T
 
     try:
         builder = tfds.builder(name, data_dir=options.data_dir or None, try_gcs=False)
-    except tfds.core.DatasetNotFoundError as error:
-        raise DataError(f"{spec}: no TFDS dataset {name!r} under {options.data_dir or 'the default folder'}") from error
+    except ValueError as error:  # DatasetNotFoundError is one; an unknown config of a known dataset is a plain one
+        place = options.data_dir or "TFDS's default folder"
+        raise DataError(f"{spec}: no TFDS dataset {name!r} under {place}") from error
     splits = builder.info.splits
     if not splits:
         raise DataError(f"{spec}: {name!r} is known but not built under {builder.data_dir}; build it there first")
