@@ -1,0 +1,17 @@
+"""Gemma 4 12B Unified in JAX/Flax: text, images, audio and video, with multi-token prediction."""
+
+from gemma4_jax import errors
+from gemma4_jax.bundle import Bundle, draft_logits, init, load, logits, save
+from gemma4_jax.config import ModelConfig, get_preset
+
+__all__ = [
+    "Bundle",
+    "ModelConfig",
+    "draft_logits",
+    "errors",
+    "get_preset",
+    "init",
+    "load",
+    "logits",
+    "save",
+]

@@ -1,0 +1,388 @@
+"""What users hold: configuration, network, drafter, tokenizer and processor together; where they come from and go to.
+
+Axis letters: B batch, T positions, V vocabulary, J draft steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gemma4_jax.config import DTYPES, ModelConfig, get_preset, unknown_name
+from gemma4_jax.errors import CheckpointError, ConfigError, PromptError
+from gemma4_jax.interop import hf_config, hf_import, names
+from gemma4_jax.media import MediaOptions, Processor
+from gemma4_jax.model.decoder import Gemma4
+from gemma4_jax.model.drafter import Drafter, draft_rollout
+from gemma4_jax.text.tokenizer import Tokenizer, minimum_vocab_size, train_tokenizer
+from gemma4_jax.train import checkpoints, sharding, trees
+from gemma4_jax.train.state import Network
+
+FORMATS = ("checkpoint", "huggingface", "gguf")
+TEMPLATE = "chat_template.jinja"
+_LENGTH_STEP = 16  # rows are padded to a multiple, so that few lengths are compiled
+
+# Control tokens whose ids the configuration repeats.
+_TOKEN_FIELDS = {
+    "pad_token_id": "<pad>",
+    "eos_token_id": "<eos>",
+    "bos_token_id": "<bos>",
+    "image_token_id": "<|image|>",
+    "audio_token_id": "<|audio|>",
+    "video_token_id": "<|video|>",
+    "boi_token_id": "<|image>",
+    "eoi_token_id": "<image|>",
+    "boa_token_id": "<|audio>",
+    "eoa_token_id": "<audio|>",
+}
+_STOP_TOKENS = ("<eos>", "<turn|>", "<|tool_response>")
+_SUPPRESSED_TOKENS = ("<image|>", "<audio|>")
+
+
+@dataclasses.dataclass
+class Bundle:
+    """A model ready for use.
+
+    config: of the target, with its drafter's. model: Gemma4. drafter: Drafter or None. tokenizer: Tokenizer or None.
+    processor: turns prompts and media into rows. chat_template: a checkpoint's own Jinja template, or None.
+    """
+
+    config: ModelConfig
+    model: Gemma4
+    drafter: Drafter | None = None
+    tokenizer: Tokenizer | None = None
+    processor: Processor | None = None
+    chat_template: str | None = None
+
+
+def init(
+    name_or_config: str | ModelConfig, seed: int = 0, *, config_overrides: Mapping[str, Any] | None = None
+) -> Bundle:
+    """A bundle with random weights.
+
+    Args:
+      name_or_config: preset name or configuration.
+      seed: of the weights.
+      config_overrides: ModelConfig fields to replace; those of parts nested or dotted (``drafter.hidden_size``).
+
+    A vocabulary that can hold the control tokens and all bytes gets a byte-level tokenizer, and the configuration its
+    token ids (unless it is a full-size one, whose ids are published).
+
+    Raises:
+      ConfigError: unknown preset or field, or a contradiction.
+    """
+    config = _resolve(name_or_config, dict(config_overrides or {}))
+    tokenizer = None
+    if minimum_vocab_size() <= config.vocab_size <= config.image_token_id:
+        tokenizer = train_tokenizer([], config.vocab_size)
+        config = with_token_ids(config, tokenizer)
+    network = Network(config)
+    weights = jax.jit(lambda key: network.init(key))(jax.random.key(seed))
+    return _assemble(network, weights, tokenizer)
+
+
+def _resolve(name_or_config: str | ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
+    if isinstance(name_or_config, str):
+        return get_preset(name_or_config, **overrides)
+    if not isinstance(name_or_config, ModelConfig):
+        raise ConfigError(f"a preset name or a ModelConfig is needed, not {type(name_or_config).__name__}")
+    values = name_or_config.to_dict()
+    for key, value in overrides.items():
+        part, _, field = key.partition(".")
+        nested = {field: value} if field else value if isinstance(value, Mapping) else None
+        values[part] = value if nested is None else {**(values.get(part) or {}), **nested}
+    return ModelConfig.from_dict(values)
+
+
+def with_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The configuration with a tokenizer's ids for control tokens, stop tokens and never-generated tokens."""
+    return dataclasses.replace(
+        config,
+        **{field: tokenizer.token_id(name) for field, name in _TOKEN_FIELDS.items()},
+        stop_token_ids=tuple(tokenizer.token_id(name) for name in _STOP_TOKENS),
+        suppress_tokens=tuple(tokenizer.token_id(name) for name in _SUPPRESSED_TOKENS),
+    )
+
+
+def load(
+    path: str | Path,
+    drafter: str | Path | None = None,
+    dtype: str | None = "bfloat16",
+    quantization: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    workers: int = 2,
+    progress: Any = None,
+) -> Bundle:
+    """A bundle from disk.
+
+    Args:
+      path: a Hugging Face folder, one of our checkpoints, or a run's folder (its newest complete checkpoint).
+      drafter: a Hugging Face folder of a drafter for it; our checkpoints hold their own.
+      dtype: of weights and activations; None: as stored.
+      quantization: None.
+      mesh: devices to spread the weights over, with axes data, fsdp and tensor; None: the first device.
+      workers: reading threads. progress: called with the bytes of each Hugging Face tensor read.
+
+    Raises:
+      CheckpointError: nothing to load, or tensors that do not fit the configuration, naming tensor and file.
+      ConfigError: an unsupported setting, naming the field; an unknown dtype.
+      PromptError: a tokenizer that cannot be read.
+    """
+    path = Path(path)
+    if quantization is not None:
+        raise unknown_name("quantization", quantization, (None,))
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, (*DTYPES, None))
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder")
+    if _is_published(path):
+        return _load_published(path, drafter, dtype, mesh, workers, progress)
+    if drafter is not None:
+        raise ConfigError(f"drafter {drafter} given, but {path} is one of our checkpoints and holds its own")
+    return _load_checkpoint(path, dtype, mesh)
+
+
+def _is_published(path: Path) -> bool:
+    return "model_type" in hf_config.read_optional_json(path / "config.json")
+
+
+def _load_published(path, drafter, dtype, mesh, workers, progress) -> Bundle:
+    tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
+    values = hf_config.read_json(path / "config.json")
+    config = hf_config.model_config(values, hf_config.read_optional_json(path / "generation_config.json"), tokenizer)
+    if drafter is not None:
+        drafter = Path(drafter)
+        own = hf_config.drafter_config(hf_config.read_json(drafter / "config.json"), config)
+        config = dataclasses.replace(config, drafter=own)
+    rows = names.target_rows(config, names.LAYOUTS[values["model_type"]])
+    dtype = dtype or _stored_dtype(path, rows)
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    network = Network(config)
+    place, options = _placer(network, mesh), {"workers": workers, "progress": progress}
+    target = {name: leaf for name, leaf in network.shapes.items() if name.startswith("model/")}
+    weights = hf_import.load_weights(path, rows, target, place=place, **options)
+    if drafter is not None:
+        rest = {name: leaf for name, leaf in network.shapes.items() if name not in target}
+        weights |= hf_import.load_weights(drafter, names.drafter_rows(config), rest, place=place, **options)
+    return _assemble(network, weights, tokenizer, path)
+
+
+def _stored_dtype(path: Path, rows: list[names.Row]) -> str:
+    """The dtype of the stored table."""
+    tensors = hf_import.list_tensors(path)
+    table = rows[0].published
+    if table not in tensors or tensors[table].dtype.name not in DTYPES:
+        raise CheckpointError(f"{path}: no tensor {table} of dtype {', '.join(DTYPES)}")
+    return tensors[table].dtype.name
+
+
+def _load_checkpoint(path: Path, dtype: str | None, mesh) -> Bundle:
+    folder = checkpoints.newest(path)
+    config = ModelConfig.from_dict(hf_config.read_json(folder / "config.json"))
+    network = Network(config)
+    places = sharding.parameter_shardings(network.shapes, config, mesh) if mesh else {}
+    shapes = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places.get(name))
+        for name, leaf in network.shapes.items()
+    }
+    weights = trees.flatten(checkpoints.load_params(folder, trees.unflatten(shapes)))
+    if dtype is not None and dtype != config.param_dtype:
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+        weights, network = _cast(weights, dtype), Network(config)
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return _assemble(network, weights, tokenizer, folder)
+
+
+def _cast(weights: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
+    floating = {name for name, leaf in weights.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    return {name: leaf.astype(dtype) if name in floating else leaf for name, leaf in weights.items()}
+
+
+def _placer(network: Network, mesh) -> hf_import.Place:
+    if mesh is None:
+        return hf_import.put_on_device
+    places = sharding.parameter_shardings(network.shapes, network.config, mesh)
+    return lambda name, leaf: jax.device_put(leaf, places[name])
+
+
+def _assemble(network: Network, weights: Mapping[str, Any], tokenizer: Tokenizer | None, folder: Path | None = None):
+    model, drafter = network.merge(weights)
+    options = MediaOptions.from_folder(folder) if folder else MediaOptions()
+    template = folder / TEMPLATE if folder else None
+    return Bundle(
+        config=network.config,
+        model=model,
+        drafter=drafter,
+        tokenizer=tokenizer,
+        processor=Processor(tokenizer, network.config, options),
+        chat_template=template.read_text(encoding="utf-8") if template and template.is_file() else None,
+    )
+
+
+def save(bundle: Bundle, path: str | Path, format: str = "checkpoint", dtype: str | None = None) -> None:
+    """Write a bundle.
+
+    Args:
+      path: a folder that holds no complete checkpoint yet.
+      format: ``checkpoint`` (ours), ``huggingface`` or ``gguf``.
+      dtype: of the stored weights; None: as they are.
+
+    Raises:
+      ConfigError: unknown format or dtype.
+      CheckpointError: the folder holds a checkpoint already, or cannot be written.
+    """
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    _save_checkpoint(bundle, Path(path), dtype)
+
+
+def _save_checkpoint(bundle: Bundle, path: Path, dtype: str | None) -> None:
+    config, weights = bundle.config, bundle_weights(bundle)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+        weights = _cast(weights, dtype)
+    checkpoints.save(path, {checkpoints.PARAMS: trees.unflatten(weights)}, files=_text_files(bundle, config))
+
+
+def bundle_weights(bundle: Bundle) -> dict[str, jax.Array]:
+    """All weights of target and drafter by flat name."""
+    modules = {"model": bundle.model} | ({"drafter": bundle.drafter} if bundle.drafter else {})
+    return Network(bundle.config).weights(modules)
+
+
+def _text_files(bundle: Bundle, config: ModelConfig) -> dict[str, str]:
+    files = {"config.json": json.dumps(config.to_dict(), indent=2) + "\n"}
+    if bundle.tokenizer is not None:
+        files["tokenizer.json"] = bundle.tokenizer.to_json()
+        if bundle.tokenizer.settings is not None:
+            files["tokenizer_config.json"] = json.dumps(bundle.tokenizer.settings, indent=2) + "\n"
+    if bundle.chat_template is not None:
+        files[TEMPLATE] = bundle.chat_template
+    return files
+
+
+def logits(
+    bundle: Bundle,
+    tokens: Sequence[Sequence[int]],
+    images: Sequence[Any] | None = None,
+    audio: Sequence[Any] | None = None,
+    videos: Sequence[Any] | None = None,
+) -> jax.Array:
+    """The target's soft-capped logits of whole rows.
+
+    Args:
+      tokens: rows of token ids; they may differ in length.
+      images, audio, videos: per row a list of sources for the row's soft tokens, or None.
+
+    Returns:
+      f32 (B, T, V) with T the longest row; what lies behind a shorter row's end is finite and meaningless.
+
+    Raises:
+      PromptError: an empty row or an id out of range, naming the row. MediaError: media that do not fit the
+        placeholders.
+    """
+    media_ids = _media_ids(bundle.config) if any(m is not None for m in (images, audio, videos)) else ()
+    rows = _checked_rows(tokens, bundle.config.vocab_size, media_ids)
+    longest = max(map(len, rows))
+    batch = bundle.processor(rows, images, audio, videos, length=_padded(longest))
+    segments = (np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).astype(np.int32)
+    graph, state = nnx.split(bundle.model)
+    return _logits(graph, state, batch.tokens, segments, batch.token_types, batch.media)[:, :longest]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph, state, tokens, segments, token_types, media):
+    model = nnx.merge(graph, state)
+    output = model(tokens, segment_ids=segments, token_types=token_types, media=media)
+    return model.logits(output.hidden)
+
+
+def draft_logits(bundle: Bundle, tokens: Sequence[Sequence[int]], steps: int = 4) -> jax.Array:
+    """The drafter's logits for the tokens after each row, feeding back its own argmax (mtp.md: forward, one draft
+    step).
+
+    Args:
+      tokens: rows of at least two ids; the last of a row is the newest token, whose keys and values the target has not
+        computed. Rows may differ in length.
+      steps: J.
+
+    Returns:
+      f32 (J, B, V), not soft-capped.
+
+    Raises:
+      ConfigError: no drafter. PromptError: a row of fewer than two ids, an id out of range, or steps below 1.
+    """
+    if bundle.drafter is None:
+        raise ConfigError("draft_logits: this bundle has no drafter")
+    if steps < 1:
+        raise PromptError(f"draft_logits: steps is {steps}; it must be at least 1")
+    rows = _checked_rows(tokens, bundle.config.vocab_size)
+    for index, row in enumerate(rows):
+        if len(row) < 2:
+            raise PromptError(f"row {index} has 1 token; drafting needs the newest token and at least one before it")
+    length = _padded(max(map(len, rows)))
+    # Padding goes in front, so that all rows have their newest token in the same column.
+    padded = np.full((len(rows), length), bundle.config.pad_token_id, np.int32)
+    segments = np.zeros((len(rows), length), np.int32)
+    for index, row in enumerate(rows):
+        padded[index, length - len(row) :] = row
+        segments[index, length - len(row) :] = 1
+    graph, state = nnx.split((bundle.model, bundle.drafter))
+    return _draft_logits(graph, steps, state, padded, segments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draft_logits(graph, steps, state, tokens, segments):
+    model, drafter = nnx.merge(graph, state)
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1, dtype=jnp.int32) - 1, 0)
+
+    def own_tokens(y):
+        return model.embedder.encode(jnp.argmax(drafter.logits(y), axis=-1).astype(jnp.int32), y.dtype)
+
+    ys = draft_rollout(
+        drafter,
+        model.embed(tokens),
+        model(tokens, positions=positions, segment_ids=segments),
+        queries=jnp.asarray([tokens.shape[1] - 1], jnp.int32),
+        steps=steps,
+        positions=positions,
+        segment_ids=segments,
+        next_embedding=own_tokens,
+    )
+    return jnp.stack([drafter.logits(y)[:, 0] for y in ys])
+
+
+def _padded(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+
+
+def _media_ids(config: ModelConfig) -> tuple[int, ...]:
+    """Ids that are looked up as padding, so they may lie outside of the table."""
+    return config.image_token_id, config.audio_token_id, config.video_token_id
+
+
+def _checked_rows(tokens: Sequence[Sequence[int]], vocab_size: int, also: Sequence[int] = ()) -> list[np.ndarray]:
+    rows = [np.asarray(row) for row in tokens]
+    if not rows:
+        raise PromptError("no rows of tokens were given")
+    for index, row in enumerate(rows):
+        if row.ndim != 1 or row.size == 0:
+            raise PromptError(f"row {index} has shape {row.shape}; a row of at least one token id is needed")
+        if not np.issubdtype(row.dtype, np.integer):
+            raise PromptError(f"row {index} holds {row.dtype} values; token ids are whole numbers")
+        wrong = (row < 0) | (row >= vocab_size) & ~np.isin(row, list(also))
+        if wrong.any():
+            raise PromptError(f"row {index} has token id {row[wrong][0]}; the vocabulary has {vocab_size} entries")
+    return rows
