@@ -179,6 +179,7 @@ class BatchDataset:
             options.overlap, options.heldout_overlap, options.long_examples,
         )  # fmt: skip
         self._options = options
+        self._workers = options.workers if split == "train" else 0  # a pass ends before processes would have started
         self._assemble = _Assemble(plans, options.batch_size, process_index, process_count)
         self._rows = (
             _shuffled(sizes, weights, options.shuffle_seed)
@@ -199,13 +200,13 @@ class BatchDataset:
         """Batches that begin with the given number in the order of rows."""
         options = self._options
         batches = self._rows[row:].batch(options.batch_size, drop_remainder=True).map(self._assemble)
-        if not options.workers:
+        if not self._workers:
             thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=options.prefetch)
             return iter(batches.to_iter_dataset(thread))
         if not absl.flags.FLAGS.is_parsed():  # Grain's workers read its flags, which only an absl program parses
             absl.flags.FLAGS.mark_as_parsed()
         alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        per_worker = grain.MultiprocessingOptions(options.workers, per_worker_buffer_size=options.prefetch)
+        per_worker = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=options.prefetch)
         return iter(batches.to_iter_dataset(alone).mp_prefetch(per_worker))
 
 

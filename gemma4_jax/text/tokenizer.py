@@ -46,7 +46,8 @@ class Tokenizer:
         self.settings = settings
         vocab = backend.get_vocab(with_added_tokens=True)
         # Some files list control tokens as ordinary added tokens, which the backend would find inside any text.
-        unmarked = [n for n in SPECIAL_TOKENS if n in vocab and not _is_special(backend, vocab[n])]
+        marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        unmarked = [name for name in SPECIAL_TOKENS if name in vocab and name not in marked]
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in unmarked])
         backend.no_padding()
         backend.no_truncation()
@@ -58,7 +59,8 @@ class Tokenizer:
         )
         self._size = 1 + max(vocab.values())
         self._pieces: list[str] | None = None
-        self.byte_fallback = '"ByteFallback"' in json.dumps(json.loads(backend.to_str())["decoder"])
+        self._fingerprint: str | None = None
+        self.byte_fallback = backend.decoder is not None and b"ByteFallback" in backend.decoder.__getstate__()
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -83,8 +85,8 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str, settings: dict[str, Any] | None = None, origin: str = "tokenizer json") -> Tokenizer:
         """The tokenizer that a ``tokenizer.json`` text describes. Raises PromptError naming ``origin``."""
-        kind = json.loads(text)
-        if not isinstance(kind, dict) or "model" not in kind:
+        description = json.loads(text)
+        if not isinstance(description, dict) or "model" not in description:
             raise PromptError(f"{origin}: not a tokenizer: no field 'model'")
         return cls(tokenizers.Tokenizer.from_str(text), settings)
 
@@ -105,7 +107,9 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A hash that is equal for two tokenizers exactly if they give equal ids."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        if self._fingerprint is None:
+            self._fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        return self._fingerprint
 
     @property
     def vocab_size(self) -> int:
@@ -270,11 +274,6 @@ class StreamDecoder:
         rest = text[self._emitted :]
         self._emitted = max(self._emitted, len(text))
         return rest
-
-
-def _is_special(backend: tokenizers.Tokenizer, index: int) -> bool:
-    token = backend.get_added_tokens_decoder().get(index)
-    return token is not None and token.special
 
 
 def _check_text(text: str) -> None:
