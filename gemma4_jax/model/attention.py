@@ -1,7 +1,7 @@
 """Grouped-query attention with q/k/v norms; the caller decides what is attended to.
 
-Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N/K, H head width,
-D model width. The scale is 1.0 by default: queries and keys are normalised instead of divided by sqrt(H).
+Axis letters: B batch, T query positions, S key positions, N query heads, K key/value heads, G = N/K, X = G*T, H head
+width, D model width. The scale is 1.0 by default: queries and keys are normalised instead of divided by sqrt(H).
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, 
       (B, T, N, H) in q's dtype. Rows without an allowed key are finite and meaningless.
     """
     b, t, n, h = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(b, t, kv_heads, n // kv_heads, h)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    s, kv_heads = k.shape[1:3]
+    # Head-major throughout, the G query heads of one key head stacked along T: every product is then a plain batched
+    # matrix product, and the T x S scores are never transposed.
+    q = q.transpose(0, 2, 1, 3).reshape(b, kv_heads, n // kv_heads * t, h)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKXH,BKSH->BKXS", q, k, preferred_element_type=jnp.float32)
     if scale != 1.0:
         scores = scores * scale
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(b, t, n, h).astype(q.dtype)
+    scores = jnp.where(mask[:, None, None], scores.reshape(b, kv_heads, -1, t, s), MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv_heads, -1, s)
+    out = jnp.einsum("BKXS,BKSH->BKXH", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(b, n, t, h).transpose(0, 2, 1, 3).astype(q.dtype)
 
 
 class Attention(nnx.Module):
@@ -64,13 +67,16 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype, initial=initial)
         self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype, initial=initial)
 
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The projections alone: x (B, T, D) -> (B, T, N*H), (B, T, K*H) and (B, T, K*H)."""
+        k = self.k_proj(x)
+        return self.q_proj(x), k, k if self.v_proj is None else self.v_proj(x)
+
     def qkv(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x (B, T, D) -> q (B, T, N, H), k and v (B, T, K, H); q and k normalised and turned."""
         config, h = self.config, self.config.head_width(self.kind)
         heads = (*x.shape[:-1], -1, h)
-        q = self.q_proj(x).reshape(heads)
-        k = self.k_proj(x).reshape(heads)
-        v = k if self.v_proj is None else self.v_proj(x).reshape(heads)
+        q, k, v = (y.reshape(heads) for y in self.project(x))
         if config.value_norm:
             v = rms_normalize(v, config.rms_norm_eps)
         return apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v

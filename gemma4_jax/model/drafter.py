@@ -69,6 +69,10 @@ class Drafter(nnx.Module):
         """The embedding half of ``pre_projection``: scaled target embeddings (B, Q, D) -> (B, Q, h)."""
         return matmul(embedding, self.pre_projection.weight[...][:, : self.config.hidden_size])
 
+    def project_hidden(self, hidden: jax.Array) -> jax.Array:
+        """The other half: hidden rows of the target or of the step before (B, Q, D) -> (B, Q, h)."""
+        return matmul(hidden, self.pre_projection.weight[...][:, self.config.hidden_size :])
+
     def step(
         self, projected_embedding: jax.Array, hidden: jax.Array, ropes: dict[str, Rope], attend: Callable[..., Any]
     ) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +87,7 @@ class Drafter(nnx.Module):
         Returns:
           y (B, Q, h), normed, for ``logits``; and the projected state (B, Q, D) that the next step takes as hidden.
         """
-        x = projected_embedding + matmul(hidden, self.pre_projection.weight[...][:, self.config.hidden_size :])
+        x = projected_embedding + self.project_hidden(hidden)
         for block in self.layers:
             x, _ = block(x, ropes[block.kind], attend)
         y = self.final_norm(x)

@@ -1,0 +1,353 @@
+"""Key/value caches for sampling: what is stored, in which layout, and how it is read.
+
+Axis letters: B batch, T new positions, S slots, K key/value heads, G = N/K, H head width, C stored numbers of a token and
+head, M = T*G query rows of one key/value head.
+
+Layout, stated once: every buffer is ``(B, K, S, C)``. Head before slot, because then both attention products are plain
+batched matrix products over contiguous slots; ``(B, S, K, C)`` makes XLA transpose the whole cache at each step.
+
+* Sliding layers hold a ring of ``W + D + 1`` slots (W window, D longest draft): position p lies in slot ``p mod S``. A
+  verification writes D+1 positions before it is known which of them stay. Those overwritten are older than all that the
+  next verification (W-1 back) and the drafter (W+1 back) read, so a rejection needs no repair: the length alone decides
+  what a slot means (``ring_positions``).
+* Global layers without values of their own hold the compact form ``[v (H) | turned dimensions of k (2R)]``: k is
+  ``k_norm * v`` on the dimensions that RoPE leaves alone. 640 numbers in the 12B instead of 1024; scores are one product
+  with ``[q * k_norm, 0 on turned dimensions | turned q]``, and values are the first H numbers of what was read.
+* Global layers with separate values, or without the value norm, hold plain keys and values (``KindLayout.compact``).
+
+Storage is float32, bfloat16, or int8 with one f32 scale for each token, head and part. Rows have lengths of their own,
+kept by the caller. Positions at or beyond a row's length are never read, whatever lies there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma4_jax.config import FULL, SLIDING, ModelConfig
+from gemma4_jax.errors import ConfigError
+from gemma4_jax.model.attention import MASKED
+from gemma4_jax.model.rope import inverse_frequencies
+
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
+BLOCK = 256  # slots of a global cache read at once
+
+
+class Store(NamedTuple):
+    """One buffer. data: (B, K, S, C); scale: f32 (B, K, S, number of parts) for int8, else None."""
+
+    data: jax.Array
+    scale: jax.Array | None
+
+
+class LayerCache(NamedTuple):
+    """Buffers of one layer; values is None in the compact form."""
+
+    keys: Store
+    values: Store | None
+
+
+@dataclasses.dataclass(frozen=True)
+class KindLayout:
+    """What the layers of one kind store for a token."""
+
+    kind: str
+    kv_heads: int
+    head_width: int
+    turned: int  # R: angles that RoPE turns
+    compact: bool
+    scale: float
+
+    @property
+    def key_parts(self) -> tuple[int, ...]:
+        """Widths of the parts of ``keys``, each with a scale of its own in int8."""
+        return (self.head_width, 2 * self.turned) if self.compact else (self.head_width,)
+
+    def numbers_per_token(self) -> int:
+        """Numbers stored for one token of one layer."""
+        return self.kv_heads * (sum(self.key_parts) + (0 if self.compact else self.head_width))
+
+
+@functools.lru_cache(maxsize=256)
+def kind_layout(config: ModelConfig, kind: str) -> KindLayout:
+    """The layout of a layer kind, from the architecture alone."""
+    width = config.head_width(kind)
+    turned = width // 2
+    if kind == FULL:
+        turned = len(inverse_frequencies(width, config.global_rope_theta, config.partial_rotary_factor))
+    compact = not config.separate_values(kind) and config.value_norm
+    return KindLayout(kind, config.kv_heads(kind), width, turned, compact, config.attention_scale)
+
+
+def ring_slots(config: ModelConfig, max_length: int, draft_tokens: int) -> int:
+    """Slots of a sliding layer: W + D + 1, or fewer where no row can grow past the window."""
+    return min(config.sliding_window, max_length) + draft_tokens + 1
+
+
+def global_slots(max_length: int, draft_tokens: int) -> int:
+    """Slots of a global layer: the longest row and a rejected draft, in whole blocks."""
+    return -(-(max_length + draft_tokens + 1) // BLOCK) * BLOCK
+
+
+def init_cache(
+    config: ModelConfig, batch: int, max_length: int, draft_tokens: int = 0, dtype: str = "float32"
+) -> tuple[LayerCache, ...]:
+    """Empty caches, one entry a layer.
+
+    Args:
+      config: the model.
+      batch: B.
+      max_length: longest row, prompt and continuation together.
+      draft_tokens: D, longest draft.
+      dtype: one of ``CACHE_DTYPES``.
+
+    Raises:
+      ConfigError: unknown dtype.
+    """
+    if dtype not in CACHE_DTYPES:
+        raise ConfigError(f"cache dtype is {dtype!r}; choices: {', '.join(CACHE_DTYPES)}")
+    layers = []
+    for kind in config.layer_types:
+        layout = kind_layout(config, kind)
+        local = kind == SLIDING
+        slots = ring_slots(config, max_length, draft_tokens) if local else global_slots(max_length, draft_tokens)
+        values = None if layout.compact else _empty(layout, batch, slots, (layout.head_width,), dtype)
+        layers.append(LayerCache(_empty(layout, batch, slots, layout.key_parts, dtype), values))
+    return tuple(layers)
+
+
+def _empty(layout: KindLayout, batch: int, slots: int, parts: tuple[int, ...], dtype: str) -> Store:
+    shape = (batch, layout.kv_heads, slots)
+    scale = jnp.zeros((*shape, len(parts)), jnp.float32) if dtype == "int8" else None
+    return Store(jnp.zeros((*shape, sum(parts)), jnp.dtype(dtype)), scale)
+
+
+def cache_bytes(
+    config: ModelConfig, max_length: int, draft_tokens: int = 0, dtype: str = "bfloat16", batch: int = 1
+) -> dict[str, int]:
+    """Size in bytes without allocating: ``sliding_attention`` and ``full_attention`` totals, ``total``, and
+    ``per_token``, by which the total grows for each further token once the rings are full."""
+    shapes = jax.eval_shape(lambda: init_cache(config, batch, max_length, draft_tokens, dtype))
+    size = {kind: 0 for kind in dict.fromkeys(config.layer_types)}
+    for kind, layer in zip(config.layer_types, shapes, strict=True):
+        size[kind] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layer))
+    per_token = size.get(FULL, 0) // global_slots(max_length, draft_tokens)
+    return {**size, "total": sum(size.values()), "per_token": per_token}
+
+
+def ring_positions(length: jax.Array, slots: int) -> jax.Array:
+    """The position that each slot of a ring holds once ``length`` positions are written; negative: none yet.
+
+    length: int32 (B,) -> int32 (B, S). Slots that a rejected draft overwrote get the position they held before it, which
+    lies outside of every window that is read at this length.
+    """
+    newest = length[:, None] - 1
+    return newest - jnp.mod(newest - jnp.arange(slots, dtype=jnp.int32)[None], jnp.int32(slots))
+
+
+# ---------------------------------------------------------------------------------------------------------------- forms
+
+
+def _turned_dims(layout: KindLayout) -> np.ndarray:
+    first = np.arange(layout.turned)
+    return np.concatenate([first, first + layout.head_width // 2])
+
+
+def stored_form(layout: KindLayout, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """New keys and values (B, T, K, H) in the form that is stored: (B, K, T, C), and None in the compact form."""
+    if not layout.compact:
+        return k.swapaxes(1, 2), v.swapaxes(1, 2)
+    half, turned = layout.head_width // 2, layout.turned
+    rotated = [k[..., :turned], k[..., half : half + turned]]
+    return jnp.concatenate([v, *rotated], axis=-1).swapaxes(1, 2), None
+
+
+def query_form(layout: KindLayout, q: jax.Array, key_norm: jax.Array | None) -> jax.Array:
+    """Queries (B, T, N, H) as rows against stored keys: (B, K, M, C). key_norm: (H,), used by the compact form."""
+    b, t, n, h = q.shape
+    if layout.compact:
+        half, turned = h // 2, layout.turned
+        rotated = jnp.concatenate([q[..., :turned], q[..., half : half + turned]], axis=-1)
+        factor = np.ones(h, np.float32)
+        factor[_turned_dims(layout)] = 0.0
+        plain = q * (key_norm.astype(jnp.float32) * factor).astype(q.dtype)
+        q = jnp.concatenate([plain, rotated], axis=-1)
+    group = n // layout.kv_heads
+    q = q.reshape(b, t, layout.kv_heads, group, q.shape[-1]).swapaxes(1, 2)
+    return q.reshape(b, layout.kv_heads, t * group, q.shape[-1])
+
+
+def heads_of_rows(rows: jax.Array, length: int) -> jax.Array:
+    """Outputs (B, K, M, H) back to (B, T, N, H)."""
+    b, kv, m, h = rows.shape
+    return rows.reshape(b, kv, length, m // length, h).swapaxes(1, 2).reshape(b, length, -1, h)
+
+
+def quantize_parts(x: jax.Array, parts: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """x (..., C) -> int8 (..., C) and f32 scales (..., number of parts): the largest number of a part becomes 127."""
+    pieces, scales = [], []
+    for piece in jnp.split(x.astype(jnp.float32), np.cumsum(parts)[:-1], axis=-1):
+        scale = jnp.maximum(jnp.max(jnp.abs(piece), axis=-1, keepdims=True), 1e-30) / 127.0
+        pieces.append(jnp.round(piece / scale).astype(jnp.int8))
+        scales.append(scale)
+    return jnp.concatenate(pieces, axis=-1), jnp.concatenate(scales, axis=-1)
+
+
+def encode(x: jax.Array, like: Store, parts: tuple[int, ...]) -> Store:
+    """New entries (B, K, T, C) in the storage dtype of ``like``."""
+    if like.scale is None:
+        return Store(x.astype(like.data.dtype), None)
+    return Store(*quantize_parts(x, parts))
+
+
+def read(store: Store, parts: tuple[int, ...], dtype) -> jax.Array:
+    """Entries as numbers in the activation dtype."""
+    if store.scale is None:
+        return store.data.astype(dtype)
+    scale = jnp.repeat(store.scale, np.asarray(parts), axis=-1, total_repeat_length=sum(parts))
+    return (store.data.astype(jnp.float32) * scale).astype(dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_tokens(store: Store, new: Store, starts: jax.Array, ring: bool) -> Store:
+    """Write T positions of every row from ``starts`` (B,) int32 on, in place inside a device loop.
+
+    In a ring each position goes to its own slot; else they lie side by side. The caller sees to it that they fit.
+    """
+
+    def put(buffer, values):
+        if buffer is None:
+            return None
+        rows, _, length, _ = values.shape
+        slots, zero = buffer.shape[2], jnp.int32(0)
+
+        def put_row(row, buffer):
+            one = jax.lax.dynamic_slice_in_dim(values, row, 1, axis=0)
+            start = jax.lax.dynamic_index_in_dim(starts, row, keepdims=False)
+            if not ring:
+                return jax.lax.dynamic_update_slice(buffer, one, (row, zero, start, zero))
+            for t in range(length):
+                slot = jnp.mod(start + jnp.int32(t), jnp.int32(slots))
+                buffer = jax.lax.dynamic_update_slice(buffer, one[:, :, t : t + 1], (row, zero, slot, zero))
+            return buffer
+
+        if rows * length <= 16:
+            for row in range(rows):
+                buffer = put_row(jnp.int32(row), buffer)
+            return buffer
+        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rows), put_row, buffer)
+
+    return Store(put(store.data, new.data), put(store.scale, new.scale))
+
+
+def write_chunk(store: Store, new: Store, starts: jax.Array, counts: jax.Array, ring: bool) -> Store:
+    """Write the first ``counts`` (B,) of T positions of every row from ``starts`` (B,) on; the others leave no trace.
+
+    For prefill: T may exceed the ring (the newest stay) and the padded end may lie beyond the capacity.
+    """
+    slots, length = store.data.shape[2], new.data.shape[2]
+    if ring:
+        position = ring_positions(starts + counts, slots)
+        source = position - starts[:, None]
+        fresh = source >= 0
+
+        def mix(old, values):
+            taken = jnp.take_along_axis(values, jnp.clip(source, 0, length - 1)[:, None, :, None], axis=2)
+            return jnp.where(fresh[:, None, :, None], taken, old)
+
+        return jax.tree.map(mix, store, new)
+    width = min(length, slots)
+    at = jnp.clip(starts, 0, slots - width)
+    source = at[:, None] + jnp.arange(width, dtype=jnp.int32)[None] - starts[:, None]
+    fresh = (source >= 0) & (source < counts[:, None])
+
+    def mix_block(old, values):
+        def one(old, values, at, source, fresh):
+            taken = values[:, jnp.clip(source, 0, length - 1)]
+            kept = jax.lax.dynamic_slice_in_dim(old, at, width, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fresh[None, :, None], taken, kept), at, axis=1)
+
+        return jax.vmap(one)(old, values, at, source, fresh)
+
+    return jax.tree.map(mix_block, store, new)
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+
+
+def attend_whole(layout: KindLayout, q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention of query rows over whole buffers.
+
+    Args:
+      q: (B, K, M, C) from ``query_form``; keys (B, K, S, C), values (B, K, S, H); mask: bool (B, T, S).
+
+    Returns:
+      (B, K, M, H) in q's dtype. Rows without an allowed key are finite and meaningless.
+    """
+    scores = jnp.einsum("bkmc,bksc->bkms", q, keys, preferred_element_type=jnp.float32)
+    scores = _masked(layout, scores, mask)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    out = jnp.einsum("bkms,bksh->bkmh", weights, values, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype)
+
+
+def _masked(layout: KindLayout, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """f32 scores (B, K, M, S), scaled, under a mask (B, T, S)."""
+    b, kv, m, s = scores.shape
+    t = mask.shape[1]
+    if layout.scale != 1.0:
+        scores = scores * layout.scale
+    scores = jnp.where(mask[:, None, :, None, :], scores.reshape(b, kv, t, m // t, s), MASKED)
+    return scores.reshape(b, kv, m, s)
+
+
+def attend_blocks(layout: KindLayout, q: jax.Array, cache: LayerCache, last: jax.Array) -> jax.Array:
+    """Attention over a global cache in blocks: reads no more of it than the longest row has written.
+
+    Args:
+      q: (B, K, M, C) from ``query_form``.
+      cache: slots are positions.
+      last: int32 (B, T), the last position that each query may read; at least 0.
+
+    Returns:
+      (B, K, M, H) in q's dtype.
+    """
+    b, kv, m, _ = q.shape
+    block = min(BLOCK, cache.keys.data.shape[2])
+    blocks = jnp.max(last) // block + 1
+    index = jnp.arange(block, dtype=jnp.int32)
+
+    def cut(store, start):
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=2), store)
+
+    def step(i, carry):
+        top, total, out = carry
+        start = i * block
+        keys = read(cut(cache.keys, start), layout.key_parts, q.dtype)
+        if cache.values is None:
+            values = keys[..., : layout.head_width]
+        else:
+            values = read(cut(cache.values, start), (layout.head_width,), q.dtype)
+        scores = jnp.einsum("bkmc,bksc->bkms", q, keys, preferred_element_type=jnp.float32)
+        scores = _masked(layout, scores, (start + index)[None, None] <= last[:, :, None])
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - new_top)
+        shrink = jnp.exp(top - new_top)
+        add = jnp.einsum("bkms,bksh->bkmh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+        return new_top, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), out * shrink + add
+
+    # Block 0 holds a key of every query, so ``top`` is real from the first block on.
+    start = (
+        jnp.full((b, kv, m, 1), MASKED, jnp.float32),
+        jnp.zeros((b, kv, m, 1), jnp.float32),
+        jnp.zeros((b, kv, m, layout.head_width), jnp.float32),
+    )
+    _, total, out = jax.lax.fori_loop(jnp.int32(0), blocks.astype(jnp.int32), step, start)
+    return (out / total).astype(q.dtype)

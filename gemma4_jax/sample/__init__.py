@@ -1,0 +1,1 @@
+"""Generation: prefill, the compiled decoding loop, speculative decoding, and the sampler that drives them."""

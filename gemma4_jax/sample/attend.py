@@ -1,0 +1,134 @@
+"""``attend`` functions that read and write caches: the decoder's blocks run unchanged over them.
+
+Axis letters: B batch, T new positions, S slots, N query heads, K key/value heads, H head width.
+Each returns (output, new LayerCache); one object serves one pass over all layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gemma4_jax.config import FULL, SLIDING, ModelConfig
+from gemma4_jax.model import cache as kv
+from gemma4_jax.model.cache import LayerCache
+from gemma4_jax.model.masks import attention_mask
+
+OUTSIDE = -1  # image run of a token outside of runs
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeAttend:
+    """T new positions of every row, all of them written (T is at most draft length + 1)."""
+
+    config: ModelConfig
+    lengths: jax.Array  # (B,) int32: positions already in the cache
+
+    def layer(self, cache: LayerCache):
+        """The ``attend`` of one layer."""
+
+        def attend(attention, q, k, v):
+            layout = kv.kind_layout(self.config, attention.kind)
+            length, ring = q.shape[1], attention.kind == SLIDING
+            new = _write(layout, cache, k, v, lambda old, x: kv.write_tokens(old, x, self.lengths, ring))
+            rows = kv.query_form(layout, q, attention.k_norm.weight[...])
+            last = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+            if ring:
+                positions = kv.ring_positions(self.lengths + length, new.keys.data.shape[2])
+                mask = attention_mask(SLIDING, self.config.sliding_window, last, positions)
+                mask = mask & (positions >= 0)[:, None]
+                keys, values = _read_both(layout, new, q.dtype)
+                out = kv.attend_whole(layout, rows, keys, values, mask)
+            else:
+                out = kv.attend_blocks(layout, rows, new, last)
+            return kv.heads_of_rows(out, length), new
+
+        return attend
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillAttend:
+    """A chunk of T positions a row, of which the first ``counts`` are real. Image runs lie whole inside a chunk."""
+
+    config: ModelConfig
+    starts: jax.Array  # (B,) int32: positions already in the cache
+    counts: jax.Array  # (B,) int32
+    runs: jax.Array | None = None  # (B, T) int32: image run of each position, -1 outside
+
+    def layer(self, cache: LayerCache):
+        """The ``attend`` of one layer."""
+
+        def attend(attention, q, k, v):
+            layout = kv.kind_layout(self.config, attention.kind)
+            length, ring = q.shape[1], attention.kind == SLIDING
+            new = _write(layout, cache, k, v, lambda old, x: kv.write_chunk(old, x, self.starts, self.counts, ring))
+            rows = kv.query_form(layout, q, attention.k_norm.weight[...])
+            if ring:
+                out = self._local(layout, cache, rows, k, v)
+            else:
+                offsets = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None], self.counts[:, None] - 1)
+                out = kv.attend_blocks(layout, rows, new, jnp.maximum(self.starts[:, None] + offsets, 0))
+            return kv.heads_of_rows(out, length), new
+
+        return attend
+
+    def _local(self, layout, cache: LayerCache, rows, k, v):
+        """Over the ring as it was before the chunk, and the chunk: early queries need keys that the chunk overwrites."""
+        length, dtype = k.shape[1], k.dtype
+        old_keys, old_values = _read_both(layout, cache, dtype)
+        old = kv.ring_positions(self.starts, cache.keys.data.shape[2])
+        offsets = jnp.arange(length, dtype=jnp.int32)[None]
+        queries = self.starts[:, None] + offsets
+        positions = jnp.concatenate([old, queries], axis=1)
+        exists = jnp.concatenate([old >= 0, offsets < self.counts[:, None]], axis=1)
+        key_runs = None
+        if self.runs is not None:
+            key_runs = jnp.concatenate([jnp.full_like(old, OUTSIDE), self.runs], axis=1)
+        mask = attention_mask(SLIDING, self.config.sliding_window, queries, positions, self.runs, key_runs)
+        keys = jnp.concatenate([old_keys, k.swapaxes(1, 2)], axis=2)
+        values = jnp.concatenate([old_values, v.swapaxes(1, 2)], axis=2)
+        return kv.attend_whole(layout, rows, keys, values, mask & exists[:, None])
+
+
+def _write(layout, cache: LayerCache, k, v, put) -> LayerCache:
+    keys, values = kv.stored_form(layout, k, v)
+    stored_keys = put(cache.keys, kv.encode(keys, cache.keys, layout.key_parts))
+    if values is None:
+        return LayerCache(stored_keys, None)
+    return LayerCache(stored_keys, put(cache.values, kv.encode(values, cache.values, (layout.head_width,))))
+
+
+def _read_both(layout, cache: LayerCache, dtype):
+    keys = kv.read(cache.keys, layout.key_parts, dtype)
+    if cache.values is None:
+        return keys, keys[..., : layout.head_width]
+    return keys, kv.read(cache.values, (layout.head_width,), dtype)
+
+
+def drafter_attend(config: ModelConfig, caches: dict[str, LayerCache], key_norms: dict[str, jax.Array], lengths):
+    """The drafter's ``attend``: the target's caches as they are, keys before each row's newest token only.
+
+    Sliding drafter layers see the last W+1 rows (mtp.md: forward).
+
+    Args:
+      caches: layer kind -> cache of the target's last layer of that kind.
+      key_norms: layer kind -> that layer's key norm (H,), for the compact form.
+      lengths: (B,) int32, positions in the cache, at least 1.
+    """
+
+    def attend(attention, q):
+        kind = attention.kind
+        layout, cache = kv.kind_layout(config, kind), caches[kind]
+        rows = kv.query_form(layout, q, key_norms[kind])
+        if kind == FULL:
+            out = kv.attend_blocks(layout, rows, cache, lengths[:, None] - 1)
+        else:
+            positions = kv.ring_positions(lengths, cache.keys.data.shape[2])
+            mask = (positions >= 0) & (positions >= lengths[:, None] - 1 - config.sliding_window)
+            keys, values = _read_both(layout, cache, q.dtype)
+            out = kv.attend_whole(layout, rows, keys, values, mask[:, None])
+        return kv.heads_of_rows(out, q.shape[1]), None
+
+    return attend

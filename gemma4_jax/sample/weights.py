@@ -1,0 +1,141 @@
+"""Weights laid out for reading: per-layer arrays, fused projections, products that never take a slow path.
+
+Axis letters: D model width, F feed-forward width, O outputs, I inputs, V vocabulary.
+
+Training keeps its layers stacked; slices of a stack inside a compiled loop cost several times a plain array, so sampling
+takes a list of layers with arrays of their own. Projections of one input are one array: q/k/v ``(O_q + O_k + O_v, D)``,
+gate/up ``(2F, D)``.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.model.attention import Attention
+from gemma4_jax.model.decoder import Block, Gemma4, unstack
+from gemma4_jax.model.drafter import Drafter
+from gemma4_jax.model.layers import Embedder, FeedForward, soft_cap
+
+
+def read_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``x @ weight.T`` in f32 for few rows: x (..., I), weight (O, I) -> f32 (..., O).
+
+    One row of bf16 is padded to two, and the input is kept out of the product's loop by a barrier: XLA:CPU has a fast
+    form for two rows of bf16 only (13 times that for one), and recomputes a fused input for every output.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if count == 1 and weight.dtype == jnp.bfloat16:
+        rows = jnp.pad(rows, ((0, 1), (0, 0)))
+    rows = jax.lax.optimization_barrier(rows)
+    y = jnp.einsum("mi,oi->mo", rows, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y[:count].reshape(*x.shape[:-1], -1)
+
+
+class ReadLinear(nnx.Module):
+    """A linear map for few rows. weight (out, in)."""
+
+    def __init__(self, *weights: jax.Array):
+        """Several weights become one array, their outputs side by side."""
+        self.weight = nnx.Param(weights[0] if len(weights) == 1 else jnp.concatenate(weights))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., in) -> (..., out) in x's dtype."""
+        return read_matmul(x, self.weight[...]).astype(x.dtype)
+
+
+class ReadAttention(Attention):
+    """An ``Attention`` whose q, k and v projections are one product."""
+
+    def __init__(self, source: Attention):
+        self.config, self.kind = source.config, source.kind
+        parts = [source.q_proj, source.k_proj] + ([] if source.v_proj is None else [source.v_proj])
+        weights = [part.weight[...] for part in parts]
+        self.splits = tuple(w.shape[0] for w in weights)
+        self.qkv_proj = ReadLinear(*weights)
+        self.o_proj = ReadLinear(source.o_proj.weight[...])
+        self.q_norm, self.k_norm = source.q_norm, source.k_norm
+
+    def project(self, x):
+        """See ``Attention.project``."""
+        y = self.qkv_proj(x)
+        q, k = y[..., : self.splits[0]], y[..., self.splits[0] : sum(self.splits[:2])]
+        return q, k, k if len(self.splits) == 2 else y[..., sum(self.splits[:2]) :]
+
+
+class ReadFeedForward(nnx.Module):
+    """The gated feed-forward with gate and up as one product."""
+
+    def __init__(self, source: FeedForward):
+        self.gate_up_proj = ReadLinear(source.gate_proj.weight[...], source.up_proj.weight[...])
+        self.down_proj = ReadLinear(source.down_proj.weight[...])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., D) -> (..., D)."""
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.gelu(gate, approximate=True) * up)
+
+
+class ReadEmbedder(Embedder):
+    """The shared table, read as input rows and as output head. table (V, D)."""
+
+    def __init__(self, source: Embedder):
+        self.table = source.table
+
+    def decode(self, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
+        """f32 logits: hidden (..., D) -> (..., V)."""
+        return soft_cap(read_matmul(hidden, self.table[...]), softcap)
+
+
+class ReadDrafter(Drafter):
+    """A drafter laid out for reading; ``pre_projection`` is held as its two halves."""
+
+    def __init__(self, source: Drafter):
+        self.config = source.config
+        width = self.config.hidden_size
+        projection = source.pre_projection.weight[...]
+        self.embedder = ReadEmbedder(source.embedder)
+        self.embedding_projection = ReadLinear(projection[:, :width])
+        self.hidden_projection = ReadLinear(projection[:, width:])
+        self.post_projection = ReadLinear(source.post_projection.weight[...])
+        self.layers = nnx.List([_readable(block) for block in source.layers])
+        self.final_norm = source.final_norm
+        if self.config.drafter.use_ordered_embeddings:
+            self.centroids, self.token_ordering = source.centroids, source.token_ordering
+
+    def project_embedding(self, embedding):
+        """See ``Drafter.project_embedding``."""
+        return self.embedding_projection(embedding)
+
+    def project_hidden(self, hidden):
+        """See ``Drafter.project_hidden``."""
+        return self.hidden_projection(hidden)
+
+
+class ReadTarget(nnx.Module):
+    """The decoder laid out for reading: embedder, blocks (one a layer), final_norm."""
+
+    def __init__(self, model: Gemma4):
+        self.config = model.config
+        self.embedder = ReadEmbedder(model.embedder)
+        self.blocks = nnx.List([_readable(block) for block in unstack(model)])
+        self.final_norm = model.final_norm
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Soft-capped f32 logits: hidden (..., D) -> (..., V)."""
+        return self.embedder.decode(hidden, self.config.final_logit_softcapping)
+
+
+def _readable(block: Block) -> Block:
+    """The layer with its projections laid out for reading, sharing its other arrays."""
+    block = nnx.merge(*nnx.split(block))
+    attention = block.self_attn
+    if isinstance(attention, Attention):
+        block.self_attn = ReadAttention(attention)
+    else:
+        attention.q_proj = ReadLinear(attention.q_proj.weight[...])
+        attention.o_proj = ReadLinear(attention.o_proj.weight[...])
+    block.mlp = ReadFeedForward(block.mlp)
+    return block
