@@ -201,10 +201,10 @@ def _block_step(block, x, rope, mask):
 
 
 def _remat(config: ModelConfig, function):
-    """Recompute in the backward pass: nothing, everything but matrix products, or the whole layer group."""
+    """Recompute in the backward pass: nothing ("none"), all but products with weights ("dots"), or all ("full")."""
     if config.remat == "none":
         return function
-    policy = jax.checkpoint_policies.checkpoint_dots if config.remat == "dots" else None
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
     return nnx.remat(function, policy=policy)
 
 
