@@ -1,7 +1,7 @@
 """Key/value caches for sampling: what is stored, in which layout, and how it is read.
 
-Axis letters: B batch, T new positions, S slots, K key/value heads, G = N/K, H head width, C stored numbers of a token and
-head, M = T*G query rows of one key/value head.
+Axis letters: B batch, T new positions, S slots, K key/value heads, G = N/K, H head width, C stored numbers of a token
+and head, M = T*G query rows of one key/value head.
 
 Layout, stated once: every buffer is ``(B, K, S, C)``. Head before slot, because then both attention products are plain
 batched matrix products over contiguous slots; ``(B, S, K, C)`` makes XLA transpose the whole cache at each step.
@@ -11,8 +11,8 @@ batched matrix products over contiguous slots; ``(B, S, K, C)`` makes XLA transp
   next verification (W-1 back) and the drafter (W+1 back) read, so a rejection needs no repair: the length alone decides
   what a slot means (``ring_positions``).
 * Global layers without values of their own hold the compact form ``[v (H) | turned dimensions of k (2R)]``: k is
-  ``k_norm * v`` on the dimensions that RoPE leaves alone. 640 numbers in the 12B instead of 1024; scores are one product
-  with ``[q * k_norm, 0 on turned dimensions | turned q]``, and values are the first H numbers of what was read.
+  ``k_norm * v`` on the dimensions that RoPE leaves alone. 640 numbers in the 12B instead of 1024; scores are one
+  product with ``[q * k_norm, 0 on turned dimensions | turned q]``, and values are the first H numbers of what was read.
 * Global layers with separate values, or without the value norm, hold plain keys and values (``KindLayout.compact``).
 
 Storage is float32, bfloat16, or int8 with one f32 scale for each token, head and part. Rows have lengths of their own,
@@ -143,8 +143,8 @@ def cache_bytes(
 def ring_positions(length: jax.Array, slots: int) -> jax.Array:
     """The position that each slot of a ring holds once ``length`` positions are written; negative: none yet.
 
-    length: int32 (B,) -> int32 (B, S). Slots that a rejected draft overwrote get the position they held before it, which
-    lies outside of every window that is read at this length.
+    length: int32 (B,) -> int32 (B, S). Slots that a rejected draft overwrote get the position they held before it,
+    which lies outside of every window that is read at this length.
     """
     newest = length[:, None] - 1
     return newest - jnp.mod(newest - jnp.arange(slots, dtype=jnp.int32)[None], jnp.int32(slots))
@@ -213,7 +213,7 @@ def read(store: Store, parts: tuple[int, ...], dtype) -> jax.Array:
     return (store.data.astype(jnp.float32) * scale).astype(dtype)
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------------- writing
 
 
 def write_tokens(store: Store, new: Store, starts: jax.Array, ring: bool) -> Store:
@@ -279,7 +279,7 @@ def write_chunk(store: Store, new: Store, starts: jax.Array, counts: jax.Array, 
     return jax.tree.map(mix_block, store, new)
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------------- reading
 
 
 def attend_whole(layout: KindLayout, q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -2,9 +2,10 @@
 
 Axis letters: B batch, T positions, V vocabulary.
 
-A token at position m of a row is ``argmax(log p + g)`` with Gumbel noise ``g`` that only the row's seed and m decide: an exact
-draw from p. The drafter proposes with the same noise, ``argmax(log q + g)``, and a proposal is accepted exactly when it is
-the token that the target draws anyway. So speculative sampling emits, token by token, what plain sampling emits for the same
+A token at position m of a row is ``argmax(log p + g)`` with Gumbel noise ``g`` that only the row's seed and m decide:
+an exact draw from p. The drafter proposes with the same noise, ``argmax(log q + g)``, and a proposal is accepted
+exactly when it is the token that the target draws anyway. So speculative sampling emits, token by token, what plain
+sampling emits for the same
 seed, whatever the draft length, the drafter, or the rest of the batch: lossless by construction. At temperature 0 the
 noise is off and both are argmax.
 """
@@ -21,8 +22,8 @@ import jax.numpy as jnp
 class Controls(NamedTuple):
     """What each row asks for; all arrays (B,).
 
-    temperature f32 (0: greedy), top_k int32 (0: off), top_p f32 (1: off), min_p f32 (0: off), repetition_penalty f32 (1: off),
-    seed uint32.
+    temperature f32 (0: greedy), top_k int32 (0: off), top_p f32 (1: off), min_p f32 (0: off), repetition_penalty f32
+    (1: off), seed uint32.
     """
 
     temperature: jax.Array

@@ -1,8 +1,9 @@
 """Decoding as one loop on the device; a round drafts D tokens (0: plain decoding) and verifies them in one pass.
 
-Axis letters: B batch, T = D + 1 verified positions, D drafted tokens, E emitted tokens held on the device, V vocabulary, S
-stop ids. Rows have lengths, seeds and stops of their own and never read one another. Between rounds a row is: ``lengths``
-positions in the caches, the newest token, whose keys and values do not exist yet, and the hidden row that gave it.
+Axis letters: B batch, T = D + 1 verified positions, D drafted tokens, E emitted tokens held on the device, V
+vocabulary, S stop ids. Rows have lengths, seeds and stops of their own and never read one another. Between rounds a
+row is: ``lengths`` positions in the caches, the newest token, whose keys and values do not exist yet, and the hidden
+  row that gave it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ RUNNING, STOPPED, FULL_LENGTH = 0, 1, 2
 class Request(NamedTuple):
     """What stays the same over a generation.
 
-    controls; stop_ids: int32 (S,), -1 pads; bias: f32 (V,), -inf for suppressed tokens; limits: int32 (B,), new tokens wanted.
+    controls; stop_ids: int32 (S,), -1 pads; bias: f32 (V,), -inf for suppressed tokens; limits: int32 (B,), new tokens
+    wanted.
     """
 
     controls: Controls
@@ -38,7 +40,8 @@ class Request(NamedTuple):
 class State(NamedTuple):
     """A generation between rounds; arrays (B,) unless said otherwise.
 
-    caches, lengths, hidden (B, D): see ``Prefix``. newest: int32, the token to be read next. emitted: int32, new tokens so far.
+    caches, lengths, hidden (B, D): see ``Prefix``. newest: int32, the token to be read next. emitted: int32, new
+    tokens so far.
     finished: int32, RUNNING, STOPPED (by a stop id, not emitted) or FULL_LENGTH. seen: bool (B, V) for the repetition
     penalty, or None.
     """
@@ -53,9 +56,9 @@ class State(NamedTuple):
 
 
 class Emission(NamedTuple):
-    """What a run of the loop emitted. tokens: int32 (B, E); drafted: bool (B, E), accepted from the drafter; counts: int32
-    (B,); rounds: int32 (B,), rounds in which the row was running; accepted: int32 (B, D), how often each draft step was
-    accepted in them."""
+    """What a run of the loop emitted. tokens: int32 (B, E); drafted: bool (B, E), accepted from the drafter; counts:
+    int32 (B,); rounds: int32 (B,), rounds in which the row was running; accepted: int32 (B, D), how often each draft
+    step was accepted in them."""
 
     tokens: jax.Array
     drafted: jax.Array
@@ -65,8 +68,8 @@ class Emission(NamedTuple):
 
 
 def begin(target: ReadTarget, prefix: Prefix, request: Request, mode: Mode, seen: jax.Array | None) -> State:
-    """Choose every row's first token from the prompt's last hidden row: the state's ``newest``; ``emitted`` counts it."""
-    logits = target.logits(prefix.hidden[:, None]) + request.bias
+    """Choose every row's first token from the prompt's last hidden row: the state's ``newest``; ``emitted`` counts
+    it.""" logits = target.logits(prefix.hidden[:, None]) + request.bias
     noise = None
     if mode.sampled:
         noise = position_noise(request.controls.seed, prefix.lengths[:, None], logits.shape[-1])

@@ -40,9 +40,9 @@ class _Record:
 class DraftPolicy:
     """Chooses the draft length of the next run of rounds.
 
-    Fixed: always the same. "auto": tries lengths from short to long in short runs, stops trying longer ones when the last
-    step up did not pay even if every draft were accepted as often as the best step so far, then stays with the best and tries
-    its neighbours again now and then. Old measurements fade, so the choice follows text and load.
+    Fixed: always the same. "auto": tries lengths from short to long in short runs, stops trying longer ones when the
+    last step up did not pay even if every draft were accepted as often as the best step so far, then stays with the
+    best and tries its neighbours again now and then. Old measurements fade, so the choice follows text and load.
     """
 
     fade = 0.9
@@ -75,14 +75,16 @@ class DraftPolicy:
         if self.runs % self.retry_every == 0:
             order = sorted(self.records)
             at = order.index(best)
-            neighbour = order[at - 1] if (self.runs // self.retry_every) % 2 and at else order[min(at + 1, len(order) - 1)]
+            neighbour = (
+                order[at - 1] if (self.runs // self.retry_every) % 2 and at else order[min(at + 1, len(order) - 1)]
+            )
             if neighbour != best:
                 return neighbour, self.trial_rounds
         return best, self.steady_rounds
 
     def record(self, length: int, rounds: int, seconds: float, row_rounds: int, accepted: list[int]) -> None:
-        """What a run showed. row_rounds: rounds times running rows; accepted: how often each step was accepted in them."""
-        self.runs += 1
+        """What a run showed. row_rounds: rounds times running rows; accepted: how often each step was accepted in
+        them.""" self.runs += 1
         if rounds == 0:
             return
         old = self.records.setdefault(length, _Record())

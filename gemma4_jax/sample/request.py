@@ -35,7 +35,9 @@ def check_tokens(config: ModelConfig, rows: Sequence[Any], max_length: int) -> l
             if int(bad) not in media:
                 raise PromptError(f"row {i}: id {bad} is outside the vocabulary of {config.vocab_size}")
         if len(ids) >= max_length:
-            raise PromptError(f"row {i}: the prompt has {len(ids)} tokens, which leaves no room in max_length {max_length}")
+            raise PromptError(
+                f"row {i}: the prompt has {len(ids)} tokens, which leaves no room in max_length {max_length}"
+            )
         checked.append(ids.astype(np.int32))
     return checked
 

@@ -6,7 +6,6 @@ Axis letters: B batch, T chunk length, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma4_jax.config import FULL
 from gemma4_jax.errors import ConfigError, PromptError
 from gemma4_jax.model.cache import CACHE_DTYPES, cache_bytes, init_cache
 from gemma4_jax.model.masks import image_runs
-from gemma4_jax.sample import decode, prefill, request
+from gemma4_jax.sample import decode, prefill, programs, request
 from gemma4_jax.sample.choose import Controls, Mode
 from gemma4_jax.sample.policy import DraftPolicy, parse_draft_tokens
 from gemma4_jax.sample.weights import ReadDrafter, ReadTarget
@@ -32,8 +30,9 @@ FINISH_REASONS = {decode.STOPPED: "stop", decode.FULL_LENGTH: "length"}
 
 @dataclasses.dataclass
 class Stats:
-    """rounds: verification passes a row, summed over rows. drafted, accepted: tokens proposed and kept. accepted_per_step: how
-    often each draft step was accepted. Rates count all rows together; decoding leaves compilation out."""
+    """rounds: verification passes a row, summed over rows. drafted, accepted: tokens proposed and kept.
+    accepted_per_step: how often each draft step was accepted. Rates count all rows together; decoding leaves
+      compilation out."""
 
     rounds: int = 0
     drafted: int = 0
@@ -43,6 +42,7 @@ class Stats:
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
+    timed_tokens: int = 0
     decode_seconds: float = 0.0
 
     @property
@@ -52,8 +52,9 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows over the time of the decoding loop; the first token of a row belongs to prefill."""
-        return self.decode_tokens / max(self.decode_seconds, 1e-9)
+        """New tokens of all rows over the time of the decoding loop. A row's first token belongs to prefill; runs of
+        the loop that compiled it are left out (0.0 if there was no other)."""
+        return self.timed_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def mean_accepted(self) -> float:
@@ -77,8 +78,8 @@ class Sampler:
 
     Args:
       bundle: has config, model, drafter, tokenizer, processor.
-      max_length: prompt and continuation of a row together. Rows end with reason "length" there. Caches are allocated for it;
-        cost grows with the tokens so far only.
+      max_length: prompt and continuation of a row together. Rows end with reason "length" there. Caches are allocated
+        for it; cost grows with the tokens so far only.
       draft_tokens: 0: no speculation; k: fixed; "auto": adapts to the acceptance and the cost of a round.
       cache_dtype: "float32", "bfloat16" or "int8"; None: the activation dtype.
       chunk: longest prefill chunk.
@@ -99,7 +100,8 @@ class Sampler:
         config = bundle.config
         if not 2 <= max_length <= config.max_position_embeddings:
             raise ConfigError(
-                f"max_length is {max_length}; it must be between 2 and the model's {config.max_position_embeddings} positions"
+                f"max_length is {max_length}; it must be between 2 and the model's {config.max_position_embeddings}
+                positions"
             )
         if chunk < 1:
             raise ConfigError(f"chunk is {chunk}; it must be at least 1")
@@ -112,9 +114,8 @@ class Sampler:
         self.chunk = min(chunk, max_length)
         self._model = bundle.model
         self._target = nnx.split(ReadTarget(bundle.model))
-        self._drafter = None if bundle.drafter is None else nnx.split(ReadDrafter(bundle.drafter))
+        self._drafter = (None, None) if bundle.drafter is None else nnx.split(ReadDrafter(bundle.drafter))
         self._bias = jnp.asarray(request.suppression(config))
-        self._programs = _Programs(self._target[0], None if self._drafter is None else self._drafter[0])
 
     @property
     def draft_tokens(self) -> int | str:
@@ -148,9 +149,10 @@ class Sampler:
           prompts: strings (encoded with one bos) or lists of ids (used as they are), one a row.
           images, audio, videos: per row a list of paths, PIL images or arrays; None: none.
           max_new_tokens: per row; 0 gives empty rows.
-          temperature: 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. Each a number or one a row.
-          seed: one a row, or a number s: row i uses s + i. A row's tokens depend on its prompt, its settings and its seed
-            only, neither on other rows nor on drafting.
+          temperature: 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. Each a number or one a
+            row.
+          seed: one a row, or a number s: row i uses s + i. A row's tokens depend on its prompt, its settings and its
+            seed only, neither on other rows nor on drafting.
           stop_ids: ids that end a row (not emitted); None: the model's set, []: never stop.
           on_token: called with (row, id, text) as tokens arrive; the text of a row's calls adds up to its text.
 
@@ -230,7 +232,7 @@ class Sampler:
             for i, row in enumerate(rows):
                 marks[i, row[row < self.config.vocab_size]] = True
             seen = jnp.asarray(marks)
-        return self._programs.begin(self._target[1], prefix, wanted, mode, seen)
+        return programs.begin(*self._target, prefix, wanted, seen, mode=mode)
 
     def prefill(self, rows: Sequence[np.ndarray], prepared=None) -> prefill.Prefix:
         """Run prompts through the network into fresh caches.
@@ -260,12 +262,12 @@ class Sampler:
                 tokens = np.zeros((count, chunk.size), np.int32)
                 for i, (row, start, n) in enumerate(zip(rows, chunk.starts, chunk.counts, strict=True)):
                     tokens[i, :n] = row[start : start + n]
-                prefix = self._programs.text_chunk(self._target[1], prefix, counts, jnp.asarray(tokens))
+                prefix = programs.text_chunk(*self._target, prefix, counts, jnp.asarray(tokens))
                 continue
             index = chunk.starts[:, None] + np.arange(chunk.size, dtype=np.int32)[None]
             index = np.minimum(index, prepared.tokens.shape[1] - 1)
-            prefix = self._programs.media_chunk(
-                self._target[1],
+            prefix = programs.media_chunk(
+                *self._target,
                 prefix,
                 counts,
                 jnp.take_along_axis(embeddings, jnp.asarray(index)[:, :, None], axis=1),
@@ -277,58 +279,26 @@ class Sampler:
         steps, rounds = self.policy.next()
         if run.on_token is not None:
             rounds = min(rounds, STREAM_ROUNDS)
-        program, compiled_now = self._programs.rounds(len(run.tokens), steps, mode, self._drafter is not None)
-        started = time.perf_counter()
-        drafter = None if self._drafter is None else self._drafter[1]
-        state, out = program(self._target[1], drafter, state, wanted, jnp.int32(rounds))
+        traces, started = programs.trace_count(), time.perf_counter()
+        state, out = programs.rounds(
+            *self._target,
+            *self._drafter,
+            state,
+            wanted,
+            jnp.asarray(rounds, jnp.int32),
+            steps=steps,
+            mode=mode,
+            buffer=BUFFER,
+        )
         out = jax.device_get(out)
         seconds = time.perf_counter() - started
-        run.count(steps, out, seconds)
-        if not compiled_now:
+        compiled = programs.trace_count() > traces
+        run.count(steps, out, None if compiled else seconds)
+        if not compiled:
             row_rounds = int(out.rounds.sum())
             self.policy.record(steps, int(out.rounds.max()), seconds, row_rounds, out.accepted.sum(axis=0).tolist())
         run.take(out.tokens, out.drafted, out.counts)
         return state
-
-
-class _Programs:
-    """Compiled functions of one sampler, by what is static in them."""
-
-    def __init__(self, target_graph, drafter_graph):
-        self._graphs = target_graph, drafter_graph
-        self._rounds: dict[Any, Any] = {}
-
-        def text_chunk(weights, prefix, counts, tokens):
-            target = nnx.merge(target_graph, weights)
-            x = target.embedder.encode(tokens, jnp.dtype(target.config.dtype))
-            return prefill.prefill_chunk(target, prefix, counts, x)
-
-        def media_chunk(weights, prefix, counts, x, runs):
-            return prefill.prefill_chunk(nnx.merge(target_graph, weights), prefix, counts, x, runs)
-
-        def begin(weights, prefix, wanted, mode, seen):
-            return decode.begin(nnx.merge(target_graph, weights), prefix, wanted, mode, seen)
-
-        self.text_chunk = jax.jit(text_chunk, donate_argnums=1)
-        self.media_chunk = jax.jit(media_chunk, donate_argnums=1)
-        self.begin = jax.jit(begin, static_argnums=3, donate_argnums=1)
-
-    def rounds(self, batch: int, steps: int, mode: Mode, has_drafter: bool):
-        """The decoding loop for one draft length; and whether its next call compiles."""
-        key = (steps, mode)
-        if key not in self._rounds:
-            self._rounds[key] = jax.jit(functools.partial(self._run, steps=steps, mode=mode), donate_argnums=2), set()
-        program, batches = self._rounds[key]
-        fresh = batch not in batches
-        batches.add(batch)
-        return program, fresh
-
-    def _run(self, weights, drafter_weights, state, wanted, max_rounds, *, steps, mode):
-        target_graph, drafter_graph = self._graphs
-        drafter = nnx.merge(drafter_graph, drafter_weights) if steps else None
-        return decode.decode_rounds(
-            nnx.merge(target_graph, weights), drafter, state, wanted, max_rounds, steps=steps, mode=mode, buffer=BUFFER
-        )
 
 
 class _Run:
@@ -354,8 +324,8 @@ class _Run:
                 text = self.streams[row].push(token) if self.streams else ""
                 self.on_token(row, token, text)
 
-    def count(self, steps: int, out: decode.Emission, seconds: float) -> None:
-        """Add a run of rounds to the statistics."""
+    def count(self, steps: int, out: decode.Emission, seconds: float | None) -> None:
+        """Add a run of rounds to the statistics. seconds: None when it was compiled in that time."""
         stats, accepted = self.stats, out.accepted.sum(axis=0).tolist()
         rounds = int(out.rounds.sum())
         stats.rounds += rounds
@@ -366,7 +336,9 @@ class _Run:
             stats.accepted_per_step[j] += n
         stats.draft_lengths[steps] = stats.draft_lengths.get(steps, 0) + int(out.rounds.max())
         stats.decode_tokens += int(out.counts.sum())
-        stats.decode_seconds += seconds
+        if seconds is not None:
+            stats.timed_tokens += int(out.counts.sum())
+            stats.decode_seconds += seconds
 
     def output(self, finished: list[int]) -> Output:
         """The result, once every row has ended."""

@@ -2,9 +2,9 @@
 
 Axis letters: D model width, F feed-forward width, O outputs, I inputs, V vocabulary.
 
-Training keeps its layers stacked; slices of a stack inside a compiled loop cost several times a plain array, so sampling
-takes a list of layers with arrays of their own. Projections of one input are one array: q/k/v ``(O_q + O_k + O_v, D)``,
-gate/up ``(2F, D)``.
+Training keeps its layers stacked; slices of a stack inside a compiled loop cost several times a plain array, so
+sampling takes a list of layers with arrays of their own. Projections of one input are one array: q/k/v ``(O_q + O_k +
+O_v, D)``, gate/up ``(2F, D)``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,70 @@
+"""The compiled functions. They belong to the module, not to a sampler: samplers of one architecture share them.
+
+``graphs`` are the static halves of ``nnx.split``; arrays are arguments. State that is replaced is donated, so that
+caches are updated in place.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.sample import decode, prefill
+
+_traces = 0
+
+
+def trace_count() -> int:
+    """How often any of these functions has been traced, each time to be compiled."""
+    return _traces
+
+
+def _traced(function):
+    @functools.wraps(function)
+    def counting(*args, **kwargs):
+        global _traces
+        _traces += 1  # runs while tracing only
+        return function(*args, **kwargs)
+
+    return counting
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="prefix")
+@_traced
+def text_chunk(graph, weights, prefix: prefill.Prefix, counts, tokens) -> prefill.Prefix:
+    """``prefill_chunk`` of token ids (B, T)."""
+    target = nnx.merge(graph, weights)
+    x = target.embedder.encode(tokens, jnp.dtype(target.config.dtype))
+    return prefill.prefill_chunk(target, prefix, counts, x)
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="prefix")
+@_traced
+def media_chunk(graph, weights, prefix: prefill.Prefix, counts, x, runs) -> prefill.Prefix:
+    """``prefill_chunk`` of decoder inputs (B, T, D) with image runs (B, T)."""
+    return prefill.prefill_chunk(nnx.merge(graph, weights), prefix, counts, x, runs)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "mode"), donate_argnames="prefix")
+@_traced
+def begin(graph, weights, prefix, wanted, seen, *, mode) -> decode.State:
+    """See ``decode.begin``."""
+    return decode.begin(nnx.merge(graph, weights), prefix, wanted, mode, seen)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graph", "drafter_graph", "steps", "mode", "buffer"), donate_argnames="state"
+)
+@_traced
+def rounds(
+    graph, weights, drafter_graph, drafter_weights, state, wanted, max_rounds, *, steps, mode, buffer
+) -> tuple[decode.State, decode.Emission]:
+    """See ``decode.decode_rounds``. drafter_graph may be a function that takes the drafter's place (see ``draft``)."""
+    drafter = None
+    if steps:
+        drafter = drafter_graph if drafter_weights is None else nnx.merge(drafter_graph, drafter_weights)
+    target = nnx.merge(graph, weights)
+    return decode.decode_rounds(target, drafter, state, wanted, max_rounds, steps=steps, mode=mode, buffer=buffer)
