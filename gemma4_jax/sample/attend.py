@@ -75,8 +75,8 @@ class PrefillAttend:
         return attend
 
     def _local(self, layout, cache: LayerCache, rows, k, v):
-        """Over the ring as it was before the chunk, and the chunk: early queries need keys that the chunk
-        overwrites.""" length, dtype = k.shape[1], k.dtype
+        """Over the ring as it was before the chunk, and the chunk: early queries need keys that it overwrites."""
+        length, dtype = k.shape[1], k.dtype
         old_keys, old_values = _read_both(layout, cache, dtype)
         old = kv.ring_positions(self.starts, cache.keys.data.shape[2])
         offsets = jnp.arange(length, dtype=jnp.int32)[None]

@@ -69,7 +69,8 @@ class Emission(NamedTuple):
 
 def begin(target: ReadTarget, prefix: Prefix, request: Request, mode: Mode, seen: jax.Array | None) -> State:
     """Choose every row's first token from the prompt's last hidden row: the state's ``newest``; ``emitted`` counts
-    it.""" logits = target.logits(prefix.hidden[:, None]) + request.bias
+    it."""
+    logits = target.logits(prefix.hidden[:, None]) + request.bias
     noise = None
     if mode.sampled:
         noise = position_noise(request.controls.seed, prefix.lengths[:, None], logits.shape[-1])

@@ -83,8 +83,8 @@ class DraftPolicy:
         return best, self.steady_rounds
 
     def record(self, length: int, rounds: int, seconds: float, row_rounds: int, accepted: list[int]) -> None:
-        """What a run showed. row_rounds: rounds times running rows; accepted: how often each step was accepted in
-        them.""" self.runs += 1
+        """What a run showed. row_rounds: rounds times running rows; accepted: how often each step was accepted."""
+        self.runs += 1
         if rounds == 0:
             return
         old = self.records.setdefault(length, _Record())

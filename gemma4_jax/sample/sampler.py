@@ -100,8 +100,8 @@ class Sampler:
         config = bundle.config
         if not 2 <= max_length <= config.max_position_embeddings:
             raise ConfigError(
-                f"max_length is {max_length}; it must be between 2 and the model's {config.max_position_embeddings}
-                positions"
+                f"max_length is {max_length}; it must be between 2 and {config.max_position_embeddings} "
+                "(max_position_embeddings)"
             )
         if chunk < 1:
             raise ConfigError(f"chunk is {chunk}; it must be at least 1")
