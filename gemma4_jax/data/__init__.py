@@ -1,5 +1,6 @@
 """Data: sources of documents, their tokens, packing into rows, and the Grain pipeline that makes batches of them."""
 
+from gemma4_jax.data.media_rows import make_processor
 from gemma4_jax.data.options import DataOptions, data_defaults
 from gemma4_jax.data.pipeline import (
     BatchDataset,
@@ -21,4 +22,5 @@ __all__ = [
     "heldout_text",
     "learnt_bytes",
     "make_dataset",
+    "make_processor",
 ]

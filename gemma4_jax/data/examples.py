@@ -76,7 +76,7 @@ class ChatEncoder:
 
     def fingerprint(self) -> str:
         """Hash of tokenizer, field and the format's version."""
-        return _hash("chat", 1, self._tokenizer.fingerprint(), self._field)
+        return chat_fingerprint(self._tokenizer, self._field)
 
     def __call__(self, documents: Sequence[dict[str, Any]], places: Sequence[str]) -> list[Example]:
         """Examples in order. Raises DataError naming the place of a conversation that cannot be learnt from."""
@@ -101,11 +101,21 @@ class ChatEncoder:
         return Example(ids, np.asarray(learnt), size)
 
 
-def conversation(document: dict[str, Any], field: str, place: str) -> list[Segment]:
+def chat_fingerprint(tokenizer: Tokenizer, field: str, *more: str) -> str:
+    """Hash of tokenizer, field, the format's version and whatever else decides the ids."""
+    return _hash("chat", 1, tokenizer.fingerprint(), field, *more)
+
+
+def conversation(document: dict[str, Any], field: str, place: str, media: bool = False) -> list[Segment]:
     """A document's messages (and ``tools``, if it has any) in the chat format, cut where learning begins and ends.
 
+    Args:
+      document: with a list of messages under ``field``.
+      place: names the document in messages.
+      media: whether messages may hold images, sound and video.
+
     Raises:
-      DataError: naming the place: no list of messages, a message that the format does not know, or media in one.
+      DataError: naming the place: no list of messages, a message that the format does not know, or unwanted media.
     """
     messages = document.get(field)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -114,8 +124,9 @@ def conversation(document: dict[str, Any], field: str, place: str) -> list[Segme
         parts = segments(messages, document.get("tools"))
     except PromptError as error:
         raise DataError(f"{place}: {error}") from error
-    if any(isinstance(piece, Control) and piece in (IMAGE, AUDIO, VIDEO) for part in parts for piece in part.pieces):
-        raise DataError(f"{place}: the conversation has images, audio or video, which packed text cannot hold")
+    marks = (IMAGE, AUDIO, VIDEO)
+    if not media and any(isinstance(piece, Control) and piece in marks for part in parts for piece in part.pieces):
+        raise DataError(f"{place}: the conversation has images, audio or video, but the model has no input for them")
     asked = opening(messages[:-1], thinking=False)
     last = next((i for i in reversed(range(len(parts))) if parts[i].supervised), 0)
     if messages and ROLES.get(messages[-1].get("role")) == "model" and parts[last - 1].pieces == asked[:2]:

@@ -32,6 +32,10 @@ class DataOptions:
       overlap: tokens that each further piece of a long document repeats from the piece before it, as unlearnt context.
       heldout_overlap: the same for evaluation, where more context gives a lower and truer loss; it costs rows.
       long_examples: for documents longer than ``seq_len``: "split" into pieces, "truncate", or "error".
+      image_budget: most soft tokens of an image, 70, 140, 280, 560 or 1120.
+      video_budget: most soft tokens of a video's frame.
+      video_frames: most frames of a video.
+      long_audio: sound of more than 30 s is an error ("raise") or "cut".
       shuffle_seed: orders rows anew in each epoch.
       workers: processes that assemble batches; 0 means a thread.
       prefetch: batches made ahead of time (by each worker).
@@ -51,6 +55,10 @@ class DataOptions:
     overlap: int = 1
     heldout_overlap: int = 1
     long_examples: str = "split"
+    image_budget: int = 280
+    video_budget: int = 70
+    video_frames: int = 32
+    long_audio: str = "raise"
     shuffle_seed: int = 0
     workers: int = 0
     prefetch: int = 4

@@ -19,11 +19,13 @@ import grain
 import numpy as np
 
 from gemma4_jax.data.examples import conversation, make_encoder
+from gemma4_jax.data.media_rows import MediaChatEncoder, MediaLoader, media_loader
 from gemma4_jax.data.options import DataOptions
 from gemma4_jax.data.packing import RowPlan, empty_batch, plan_rows
 from gemma4_jax.data.sources import Source, open_source, open_whole_source, parse_mixture, text_of
 from gemma4_jax.data.token_store import tokenise, with_new_folder
 from gemma4_jax.errors import ConfigError, DataError
+from gemma4_jax.media import Processor
 from gemma4_jax.text.pieces import Control
 from gemma4_jax.text.tokenizer import Tokenizer, check_vocab_size, train_tokenizer
 
@@ -82,7 +84,7 @@ def document_texts(document: dict[str, Any], options: DataOptions, place: str) -
     """The texts in a document, in order. Raises DataError naming its place if it is malformed."""
     if options.format == "text":
         return [text_of(document, options.text_field, place)]
-    parts = conversation(document, options.text_field, place)
+    parts = conversation(document, options.text_field, place, media=True)
     return [piece for part in parts for piece in part.pieces if not isinstance(piece, Control)]
 
 
@@ -120,6 +122,7 @@ def make_dataset(
     workdir: str | Path,
     process_index: int = 0,
     process_count: int = 1,
+    processor: Processor | None = None,
 ) -> BatchDataset:
     """Batches of packed rows.
 
@@ -131,6 +134,7 @@ def make_dataset(
       workdir: folder of the run; tokens are kept in its ``data`` folder.
       process_index: which part of each global batch to make.
       process_count: over how many processes batches are shared out.
+      processor: prepares the media of conversations for a model with inputs for them.
 
     Raises:
       ConfigError: a bad field, or a batch size that the processes do not divide.
@@ -141,22 +145,26 @@ def make_dataset(
         raise ConfigError(f"data.batch_size {options.batch_size} is not a multiple of {process_count} processes")
     if not 0 <= process_index < process_count:
         raise ConfigError(f"process_index {process_index} is not below process_count {process_count}")
-    encoder = make_encoder(options, tokenizer)
+    with_media = processor is not None and options.format == "chat"
+    encoder = MediaChatEncoder(processor, options.text_field) if with_media else make_encoder(options, tokenizer)
     overlap = options.overlap if split == "train" else options.heldout_overlap
-    plans, weights = [], []
+    sources, plans, weights = [], [], []
     for source, weight in _open(options, split):
+        sources.append(source)
         store = tokenise(source, encoder, tokenizer.vocab_size, _folder(workdir))
         plans.append(plan_rows(store, options.seq_len, overlap, options.long_examples, options.shuffle_seed))
         weights.append(weight)
         _log.info("%s rows: %s", split, plans[-1].report)
-    return BatchDataset(plans, weights, options, split, process_index, process_count)
+    loader = media_loader(plans, sources, encoder) if with_media else None
+    return BatchDataset(plans, weights, options, split, process_index, process_count, loader)
 
 
 class BatchDataset:
     """Batches of one split; iterating gives a checkpointable Grain iterator.
 
     Each element is a dict of (b, T) arrays, b this process's rows: ``tokens``, ``segment_ids`` (0 is padding),
-    ``positions`` (from 0 in each segment), int32, and ``loss_mask`` bool (the token is learnt, as a target).
+    ``positions`` (from 0 in each segment), int32, and ``loss_mask`` bool (the token is learnt, as a target). Rows with
+    media also have ``token_types`` int32 and ``media``, a ``MediaInputs`` of fixed shapes.
     """
 
     def __init__(
@@ -167,12 +175,14 @@ class BatchDataset:
         split: str,
         process_index: int,
         process_count: int,
+        loader: MediaLoader | None = None,
     ):
-        """Args: a plan and a weight for each source; see ``make_dataset``."""
+        """Args: a plan and a weight for each source, and what loads their media; see ``make_dataset``."""
         sizes = [len(plan) for plan in plans]
         self.reports = [plan.report for plan in plans]
         self.num_rows = sum(sizes)
         self.batch_size = options.batch_size
+        self.has_media = loader is not None
         self.num_batches = None if split == "train" else -(-self.num_rows // options.batch_size)
         self.fingerprint = _hash(
             *(plan.store.path.name for plan in plans), weights, split, options.seq_len, options.shuffle_seed,
@@ -180,7 +190,7 @@ class BatchDataset:
         )  # fmt: skip
         self._options = options
         self._workers = options.workers if split == "train" else 0  # a pass ends before processes would have started
-        self._assemble = _Assemble(plans, options.batch_size, process_index, process_count)
+        self._assemble = _Assemble(plans, options.batch_size, process_index, process_count, loader)
         self._rows = (
             _shuffled(sizes, weights, options.shuffle_seed)
             if split == "train"
@@ -278,19 +288,30 @@ class BatchIterator(grain.DatasetIterator):
 class _Assemble:
     """Global row numbers (B,) to this process's part of the batch; numbers past the end are padding."""
 
-    def __init__(self, plans: list[RowPlan], batch_size: int, process_index: int, process_count: int):
+    def __init__(
+        self,
+        plans: list[RowPlan],
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+        loader: MediaLoader | None = None,
+    ):
         self._plans = plans
+        self._loader = loader
         self._starts = np.cumsum([0] + [len(plan) for plan in plans])
         local = batch_size // process_count
         self._part = slice(process_index * local, (process_index + 1) * local)
 
-    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, rows: np.ndarray) -> dict[str, Any]:
         rows = np.asarray(rows)[self._part]
         batch = empty_batch(len(rows), self._plans[0].seq_len)
-        for plan, start, end in zip(self._plans, self._starts[:-1], self._starts[1:], strict=True):
+        chosen: list[tuple[int, int] | None] = [None] * len(rows)
+        for number, (plan, start, end) in enumerate(zip(self._plans, self._starts[:-1], self._starts[1:], strict=True)):
             at = np.flatnonzero((rows >= start) & (rows < end))
             plan.fill(rows[at] - start, batch, at)
-        return batch
+            for place in at:
+                chosen[place] = number, int(rows[place] - start)
+        return batch if self._loader is None else self._loader(batch, chosen)
 
 
 def _shuffled(sizes: list[int], weights: list[float], seed: int) -> grain.MapDataset:

@@ -21,6 +21,7 @@ import numpy as np
 
 from gemma4_jax.config import unknown_name
 from gemma4_jax.data.options import DataOptions
+from gemma4_jax.data.tasks import Digits, Dtmf
 from gemma4_jax.data.tfds_source import open_tfds
 from gemma4_jax.errors import ConfigError, DataError
 
@@ -210,7 +211,7 @@ def open_source(spec: str, split: str, options: DataOptions) -> Source:
     kind, _, argument = spec.partition(":")
     if kind not in KINDS:
         raise unknown_name("data source", kind, KINDS)
-    if bool(argument) != (kind != "python_stdlib"):
+    if bool(argument) != (kind in ARGUMENTS):
         form = "takes no argument" if argument else f"needs an argument, {ARGUMENTS[kind]}"
         raise ConfigError(f"data source {spec!r}: {kind} {form}")
     return KINDS[kind](spec, argument, split, options)
@@ -340,6 +341,14 @@ def _split_documents(source: Source, split: str, options: DataOptions) -> Source
     return Subset(source, np.sort(order[:held_out] if split == "heldout" else order[held_out:]))
 
 
+def _open_digits(spec: str, argument: str, split: str, options: DataOptions) -> Source:
+    return Digits(split)
+
+
+def _open_dtmf(spec: str, argument: str, split: str, options: DataOptions) -> Source:
+    return Dtmf(split)
+
+
 def _open_tfds(spec: str, argument: str, split: str, options: DataOptions) -> Source:
     source, is_split = open_tfds(spec, argument, split, options)
     return source if is_split else _split_documents(source, split, options)
@@ -350,6 +359,8 @@ KINDS: dict[str, Callable[[str, str, str, DataOptions], Source]] = {
     "text": _open_text,
     "jsonl": _open_json_lines,
     "tfds": _open_tfds,
+    "digits": _open_digits,
+    "dtmf": _open_dtmf,
 }
 WHOLE: dict[str, Callable[[str, str, DataOptions], Source]] = {"text": _all_text, "jsonl": _all_json_lines}
 ARGUMENTS = {"text": "text:GLOB", "jsonl": "jsonl:GLOB", "tfds": "tfds:NAME[/CONFIG][:VERSION]"}

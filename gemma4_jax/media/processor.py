@@ -309,13 +309,14 @@ def bucket(count: int, smallest: int = _SMALLEST_BUCKET) -> int:
 
 
 def stack_media(
-    rows: Iterable[Row], patch_count: int | None = None, frame_count: int | None = None
+    rows: Iterable[Row], patch_count: int | None = None, frame_count: int | None = None, keep_empty: bool = False
 ) -> MediaInputs | None:
     """Media of rows in one fixed shape.
 
     Args:
       rows: the batch.
       patch_count, frame_count: P and A; None: the bucket of the row with the most.
+      keep_empty: give arrays of the counts asked for even when no row has media, so that all batches have one shape.
 
     Returns:
       MediaInputs, a part of which is None when no row has it; None when no row has media.
@@ -324,12 +325,12 @@ def stack_media(
       MediaError: a row with more than ``patch_count`` or ``frame_count``, by number.
     """
     rows = list(rows)
-    patches = _stack("patches", [row.patches for row in rows], patch_count, 0)
+    patches = _stack("patches", [row.patches for row in rows], patch_count, 0, keep_empty)
     if patches is None:
         positions = None
     else:
-        positions = _stack("patches", [row.patch_positions for row in rows], patches.shape[1], PADDING_POSITION)
-    frames = _stack("audio frames", [row.audio_frames for row in rows], frame_count, 0)
+        positions = _stack("patches", [row.patch_positions for row in rows], patches.shape[1], PADDING_POSITION, True)
+    frames = _stack("audio frames", [row.audio_frames for row in rows], frame_count, 0, keep_empty)
     return None if patches is None and frames is None else MediaInputs(patches, positions, frames)
 
 
@@ -382,14 +383,14 @@ def _pad(array: np.ndarray, length: int, value: int) -> np.ndarray:
     return padded
 
 
-def _stack(name: str, arrays: list[np.ndarray], count: int | None, value: int) -> np.ndarray | None:
+def _stack(name: str, arrays: list[np.ndarray], count: int | None, value: int, keep_empty: bool) -> np.ndarray | None:
     most = max(len(array) for array in arrays)
     count = bucket(most) if count is None else count
-    if most == 0:
-        return None
     for row, array in enumerate(arrays):
         if len(array) > count:
             raise MediaError(f"row {row} has {len(array)} {name}; the batch holds {count}")
+    if count == 0 or (most == 0 and not keep_empty):
+        return None
     return np.stack([_pad(array, count, value) for array in arrays])
 
 

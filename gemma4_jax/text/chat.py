@@ -91,7 +91,7 @@ def render(
     Raises:
       PromptError: naming the message, or what the template complained of.
     """
-    media = _sources(messages)
+    media = media_sources(messages)
     if template is None:
         pieces = [piece for segment in segments(messages, tools, thinking) for piece in segment.pieces]
         if generate:
@@ -222,7 +222,8 @@ def _content(message: Message, index: int) -> list[str]:
     return pieces
 
 
-def _sources(messages: Sequence[Message]) -> dict[str, list[Any]]:
+def media_sources(messages: Sequence[Message]) -> dict[str, list[Any]]:
+    """Media of a conversation in order, by kind. Raises PromptError naming a message whose part lacks its source."""
     found: dict[str, list[Any]] = {kind: [] for kind in MEDIA_KINDS}
     for index, message in enumerate(messages):
         for part in _parts(message, index) if _role(message, index) != "tool" else []:

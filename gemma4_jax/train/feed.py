@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gemma4_jax.data import BatchIterator, DataOptions, get_tokenizer, learnt_bytes, make_dataset
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.data import BatchIterator, DataOptions, get_tokenizer, learnt_bytes, make_dataset, make_processor
 
 
 class Feed:
@@ -19,15 +20,17 @@ class Feed:
     Args:
       data: the section.
       workdir: folder of the run, where a trained tokenizer and tokens are kept.
+      model: of the run; conversations may then hold the media that it has inputs for.
 
     Raises:
       ConfigError, DataError, PromptError: as the data package raises them.
     """
 
-    def __init__(self, data: Mapping[str, Any], workdir: Path):
+    def __init__(self, data: Mapping[str, Any], workdir: Path, model: ModelConfig | None = None):
         self.options = DataOptions.of(data)
         self.tokenizer = get_tokenizer(self.options, workdir)
-        place = jax.process_index(), jax.process_count()
+        self.processor = make_processor(self.options, self.tokenizer, model)
+        place = jax.process_index(), jax.process_count(), self.processor
         self.train = make_dataset(self.options, self.tokenizer, "train", workdir, *place)
         self.heldout = make_dataset(self.options, self.tokenizer, "heldout", workdir, *place)
         self._byte_lengths = self.tokenizer.byte_lengths()

@@ -200,4 +200,4 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Host-local rows of a batch → arrays cut over the mesh; with several processes each gives its own rows."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    return jax.tree.map(lambda value: jax.make_array_from_process_local_data(sharding, value), dict(batch))
