@@ -272,5 +272,8 @@ def _sizes(path: Path) -> dict[str, int]:
 
 
 def _first_line(error: BaseException) -> str:
+    """What went wrong at the bottom: Orbax wraps it in messages about its handlers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip().strip("'\"")
     return (text.splitlines() or [type(error).__name__])[0][:200]

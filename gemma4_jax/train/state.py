@@ -156,7 +156,7 @@ def to_items(state: TrainState) -> dict[str, Any]:
     """Checkpoint items ``params`` and ``train``: nested pure dicts (of arrays, or of shapes for an abstract state)."""
     return {
         "params": trees.unflatten({**state.params, **state.frozen}),
-        "train": {"step": state.step, "key": state.key, "optimizer": trees.named_leaves(state.opt_state)},
+        "train": {"step": state.step, "key": state.key, "optimizer": trees.unflatten(trees.named_leaves(state.opt_state))},
     }
 
 
@@ -166,7 +166,7 @@ def from_items(items: Mapping[str, Any], like: TrainState) -> TrainState:
     return TrainState(
         params={name: params[name] for name in like.params},
         frozen={name: params[name] for name in like.frozen},
-        opt_state=trees.from_named_leaves(like.opt_state, train["optimizer"]),
+        opt_state=trees.from_named_leaves(like.opt_state, trees.flatten(train["optimizer"])),
         step=train["step"],
         key=train["key"],
     )

@@ -1,0 +1,193 @@
+"""Checkpoints: strict, atomic, readable, movable between meshes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma4_jax.errors import CheckpointError
+from gemma4_jax.train import checkpoints as ckpt
+from gemma4_jax.train import trees
+from gemma4_jax.train.sharding import MeshConfig, make_mesh
+from gemma4_jax.train.state import from_items, to_items
+
+
+def weights():
+    return {
+        "model": {
+            "table": jnp.arange(48, dtype=jnp.float32).reshape(8, 6) / 7,
+            "layers": {"0": {"weight": jnp.linspace(-1, 1, 5).astype(jnp.bfloat16)}},
+        },
+        "count": jnp.asarray(16777217, jnp.int32),
+    }
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def assert_equal(a, b):
+    flat_a, flat_b = trees.flatten(a), trees.flatten(b)
+    assert flat_a.keys() == flat_b.keys()
+    for name, leaf in flat_a.items():
+        assert leaf.dtype == flat_b[name].dtype
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(flat_b[name]), err_msg=name)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    ckpt.save(tmp_path / "one", {"params": weights()}, files={"config.json": "{}"}, metadata={"step": 7})
+    return tmp_path / "one"
+
+
+def test_round_trip(saved):
+    assert_equal(ckpt.load_params(saved), weights())
+    assert_equal(ckpt.load_params(saved, shapes(weights())), weights())
+    assert ckpt.read_manifest(saved) == {"step": 7}
+    assert (saved / "config.json").read_text() == "{}"
+
+
+def changed(path, leaf):
+    flat = trees.flatten(shapes(weights()))
+    flat.pop(path, None)
+    if leaf is not None:
+        flat[path] = leaf
+    return trees.unflatten(flat)
+
+
+@pytest.mark.parametrize(
+    ("path", "leaf", "message"),
+    [
+        ("count", jax.ShapeDtypeStruct((), jnp.float32), "count has dtype int32 in the checkpoint but float32"),
+        ("model/table", jax.ShapeDtypeStruct((8, 6), jnp.bfloat16), "model/table has dtype float32 .* bfloat16"),
+        ("model/table", jax.ShapeDtypeStruct((9, 6), jnp.float32), r"model/table has shape \(8, 6\) .* \(9, 6\)"),
+        ("model/table", None, "has unexpected model/table"),
+        ("model/more", jax.ShapeDtypeStruct((1,), jnp.float32), "lacks model/more"),
+    ],
+)
+def test_differences_are_refused_by_name(saved, path, leaf, message):
+    """Orbax itself would turn int32 16777217 into float32 16777216 without a word."""
+    with pytest.raises(CheckpointError, match=message):
+        ckpt.load_params(saved, changed(path, leaf))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 1), (2, 2, 2)], ids=str)
+def test_saved_on_eight_devices_restored_on_others(tmp_path, mesh):
+    def placed(shape):
+        devices = jax.devices()[: int(np.prod(shape))]
+        return NamedSharding(make_mesh(MeshConfig(*shape), devices), P("fsdp"))
+
+    tree = {"w": jax.device_put(jnp.arange(64, dtype=jnp.float32).reshape(8, 8) / 3, placed((1, 8, 1)))}
+    ckpt.save(tmp_path / "c", {"params": tree})
+    target = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=placed(mesh))}
+    loaded = ckpt.load_params(tmp_path / "c", target)["w"]
+    assert loaded.sharding == target["w"].sharding
+    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(tree["w"]))
+
+
+def test_nothing_is_overwritten(saved):
+    with pytest.raises(CheckpointError, match="already holds a checkpoint"):
+        ckpt.save(saved, {"params": weights()})
+
+
+def test_keep_last_and_newest(tmp_path):
+    run = ckpt.Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3):
+        run.save(step, {"params": weights()})
+    assert ckpt.list_steps(run.directory) == [2, 3]
+    assert ckpt.newest(tmp_path).name == ckpt.step_name(3)
+    _, metadata = run.restore_newest({"params": shapes(weights())})
+    assert metadata["step"] == 3
+
+
+def truncate(folder):
+    file = max((f for f in folder.rglob("d/*") if f.is_file()), key=lambda f: f.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def scribble(folder):
+    for file in folder.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:16] + b"\x00" * (file.stat().st_size - 16))
+
+
+def delete_item(folder):
+    (folder / "params" / "_METADATA").unlink()
+
+
+def delete_manifest(folder):
+    (folder / ckpt.MANIFEST).unlink()
+
+
+def break_manifest(folder):
+    (folder / ckpt.MANIFEST).write_text("{")
+
+
+@pytest.mark.parametrize("damage", [truncate, scribble, delete_item, delete_manifest, break_manifest])
+def test_damaged_newest_is_skipped(tmp_path, caplog, damage):
+    run = ckpt.Checkpoints(tmp_path / "checkpoints", keep=3)
+    for step in (1, 2):
+        run.save(step, {"params": weights()})
+    damage(run.directory / ckpt.step_name(2))
+    run.clean()
+    items, metadata = run.restore_newest({"params": shapes(weights())})
+    assert metadata["step"] == 1
+    assert_equal(items["params"], weights())
+    assert "00000002" in caplog.text
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    run = ckpt.Checkpoints(tmp_path, keep=3)
+    run.save(1, {"params": weights()})
+    truncate(run.directory / ckpt.step_name(1))
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read.*00000001 is damaged"):
+        run.restore_newest({"params": shapes(weights())})
+
+
+def test_a_wrong_model_is_refused_not_skipped(tmp_path):
+    run = ckpt.Checkpoints(tmp_path, keep=3)
+    run.save(1, {"params": weights()})
+    with pytest.raises(CheckpointError, match="model/table has shape"):
+        run.restore_newest({"params": changed("model/table", jax.ShapeDtypeStruct((16, 6), jnp.float32))})
+
+
+def test_half_written_folders_are_removed(tmp_path):
+    run = ckpt.Checkpoints(tmp_path, keep=3)
+    run.save(1, {"params": weights()})
+    for name in ("00000002", "00000003.orbax-checkpoint-tmp"):
+        (tmp_path / name).mkdir()
+    run.clean()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000001"]
+
+
+def test_nothing_there(tmp_path):
+    assert ckpt.Checkpoints(tmp_path / "none", keep=1).restore_newest({"params": {}}) is None
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        ckpt.newest(tmp_path)
+
+
+def test_disk_that_refuses(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CheckpointError, match="cannot write checkpoint"):
+        ckpt.save(tmp_path / "file" / "c", {"params": weights()})
+
+
+def test_a_training_state_survives(trainer, tmp_path):
+    state = trainer.init()
+    ckpt.save(tmp_path / "c", to_items(state))
+    items = ckpt.restore(tmp_path / "c", to_items(trainer.abstract))
+    again = from_items(items, trainer.abstract)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype and a.sharding == b.sharding
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_the_files_are_plain(saved):
+    """Readable without this package: JSON, and a nested dict of arrays by name."""
+    manifest = json.loads((saved / ckpt.MANIFEST).read_text())
+    assert "params/_METADATA" in manifest["files"] and "config.json" in manifest["files"]
+    assert set(ckpt.describe(saved)) == {"model/table", "model/layers/0/weight", "count"}
