@@ -98,7 +98,9 @@ class Trainer:
         self.abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, self.shardings
         )
-        self._create = jax.jit(create, out_shardings=self.shardings)
+        # Drawing runs once and takes no time; compiling it well would take longer than all of it.
+        quick = {"xla_backend_optimization_level": 0}
+        self._create = jax.jit(create, out_shardings=self.shardings, compiler_options=quick)
         self.train_step = steps.make_train_step(
             self.network, self.loss, self.optimizer, schedule,
             accumulation=options.accumulation, mesh=self.mesh, shardings=self.shardings,
