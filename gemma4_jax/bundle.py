@@ -86,7 +86,9 @@ def init(
         tokenizer = train_tokenizer([], config.vocab_size)
         config = with_token_ids(config, tokenizer)
     network = Network(config)
-    weights = jax.jit(lambda key: network.init(key))(jax.random.key(seed))
+    # Drawing runs once and takes no time; compiling it well would take most of a minute.
+    draw = jax.jit(network.init, compiler_options={"xla_backend_optimization_level": 0})
+    weights = draw(jax.random.key(seed))
     return _assemble(network, weights, tokenizer)
 
 
