@@ -263,7 +263,8 @@ def _piece_loss(piece, cut, table, teacher_table, vocab, cap, teacher_cap, spec,
         if cap is not None:
             d_logits = d_logits * (1.0 - jnp.square(logits / cap))
             d_logits = jnp.where(chunk.ids < vocab, d_logits, 0.0)
-        d_logits = d_logits.astype(h.dtype)
+        # Both products below read it; see layers.matmul.
+        d_logits = jax.lax.optimization_barrier(d_logits.astype(h.dtype))
         d_h = d_h + jnp.einsum(
             "BtSc,ScD->BtD", d_logits, chunk.rows.astype(h.dtype), preferred_element_type=jnp.float32
         )

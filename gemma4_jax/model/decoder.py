@@ -17,7 +17,7 @@ from flax import nnx
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.attention import Attend, Attention, Rope, masked_attention
 from gemma4_jax.model.audio import AudioEmbedder
-from gemma4_jax.model.layers import Embedder, FeedForward, LayerScalar, RMSNorm
+from gemma4_jax.model.layers import LINEAR_OUTPUT, Embedder, FeedForward, LayerScalar, RMSNorm
 from gemma4_jax.model.masks import make_masks
 from gemma4_jax.model.rope import rope_table
 from gemma4_jax.model.vision import VisionEmbedder, place_media
@@ -204,7 +204,8 @@ def _remat(config: ModelConfig, function):
     """Recompute in the backward pass: nothing ("none"), all but products with weights ("dots"), or all ("full")."""
     if config.remat == "none":
         return function
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)
+    policy = keep if config.remat == "dots" else None
     return nnx.remat(function, policy=policy)
 
 
