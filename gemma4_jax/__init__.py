@@ -3,10 +3,13 @@
 from gemma4_jax import errors
 from gemma4_jax.bundle import Bundle, draft_logits, init, load, logits, save
 from gemma4_jax.config import ModelConfig, get_preset
+from gemma4_jax.sample.chat import Chat, ChatReply
 from gemma4_jax.sample.sampler import Output, Sampler
 
 __all__ = [
     "Bundle",
+    "Chat",
+    "ChatReply",
     "ModelConfig",
     "Output",
     "Sampler",

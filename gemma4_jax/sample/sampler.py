@@ -107,6 +107,7 @@ class Sampler:
             raise ConfigError(f"chunk is {chunk}; it must be at least 1")
         self.config, self.max_length = config, max_length
         self.tokenizer, self.processor = bundle.tokenizer, bundle.processor
+        self.chat_template = bundle.chat_template
         self.cache_dtype = cache_dtype or ("float32" if config.dtype == "float32" else "bfloat16")
         if self.cache_dtype not in CACHE_DTYPES:
             raise ConfigError(f"cache_dtype is {cache_dtype!r}; choices: {', '.join(CACHE_DTYPES)}")
