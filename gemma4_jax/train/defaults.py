@@ -29,7 +29,8 @@ def training_config(experiment: str) -> ConfigDict:
     """All sections with their defaults, locked; config files change the fields they are about.
 
     Sections: ``experiment``, ``seed``, ``model`` (a preset), ``model_overrides`` (fields of ModelConfig, those of its parts
-    in sections of their own), ``data``, ``loss``, ``optimizer``, ``train``, ``mesh``.
+    in sections of their own), ``data``, ``loss``, ``optimizer``, ``train``, ``mesh``, ``samples`` (held-out prompts continued at
+    the end; 0 prompts: none).
     """
     loss = {name: value for name, value in dataclasses.asdict(LossConfig()).items() if name not in DERIVED}
     config = ConfigDict(
@@ -43,6 +44,7 @@ def training_config(experiment: str) -> ConfigDict:
             "optimizer": dataclasses.asdict(OptimizerConfig()),
             "train": dataclasses.asdict(TrainOptions()),
             "mesh": dataclasses.asdict(MeshConfig()),
+            "samples": {"prompts": 0, "prompt_tokens": 32, "new_tokens": 128, "draft_tokens": 3},
         }
     )
     return config.lock()

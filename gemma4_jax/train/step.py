@@ -142,13 +142,13 @@ def eval_means(sums: Mapping[str, float], loss: LossConfig) -> dict[str, float]:
     """Means over the held-out rows: ``next_token_loss``, ``mtp_j_loss``, ``acceptance_j``, ``mean_accepted``, ….
 
     ``acceptance_j`` is how often step j's token equals the target's choice with the true tokens before it;
-    ``mean_accepted`` adds the products: the tokens a round would keep if the steps failed independently, the target's own
-    not counted. ``acceptance_sampled_1`` is the chance that sampling at temperature 1 keeps the first drafted token.
+    ``mean_accepted`` is 1 (the target's own token) plus the sum of the products: the tokens that a round would emit if the
+    steps failed independently. ``acceptance_sampled_1`` is the chance that sampling at temperature 1 keeps the first drafted token.
     """
     means = {"next_token_loss": sums["next_token"] / max(sums["count_next_token"], 1.0)}
     if not loss.uses_drafter:
         return means
-    kept, mean_accepted = 1.0, 0.0
+    kept, mean_accepted = 1.0, 1.0
     for j in range(1, loss.mtp_steps + 1):
         means[f"mtp_{j}_loss"] = sums[f"mtp_{j}"] / max(sums[f"count_mtp_{j}"], 1.0)
         means[f"acceptance_{j}"] = sums[f"agree_{j}"] / max(sums[f"count_{j}"], 1.0)

@@ -143,7 +143,7 @@ def test_eval_means():
     means = steps.eval_means(sums, loss)
     assert means == {
         "next_token_loss": 2.0, "mtp_1_loss": 2.0, "mtp_2_loss": 0.0, "acceptance_1": 0.5, "acceptance_2": 0.25,
-        "mean_accepted": 0.625, "acceptance_sampled_1": 0.25,
+        "mean_accepted": 1.625, "acceptance_sampled_1": 0.25,
     }  # fmt: skip
 
 

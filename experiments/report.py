@@ -1,0 +1,85 @@
+"""What a trained model writes and how fast: the sampling part of ``results.json``, and ``samples.md``."""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gemma4_jax as g4
+from gemma4_jax.errors import DataError
+from gemma4_jax.train.checkpoints import write_atomically
+
+DTYPES = ("float32", "bfloat16")
+
+
+def heldout_prompts(tokenizer, text: str, count: int, length: int) -> list[list[int]]:
+    """``count`` pieces of ``length`` tokens, bos included, from places spread evenly over a text."""
+    pieces = []
+    for i in range(count):
+        start = text.find("\n", i * len(text) // count) + 1
+        pieces.append(tokenizer.encode(text[start : start + 8 * length])[:length])
+    if not pieces or min(map(len, pieces)) < 2:
+        raise DataError(f"the held-out text of {len(text)} characters is too short for {count} prompts")
+    return pieces
+
+
+def sampling_results(workdir: Path, prompts: Sequence[Sequence[int]], new_tokens: int, draft_tokens: int) -> dict[str, Any]:
+    """Plain against speculative decoding, batch 1, greedy, in f32 and bf16; acceptance when sampling at temperature 1.
+
+    Writes ``workdir/samples.md``. Rates are medians over prompts, plain and speculative runs alternating; compilation is
+    not counted.
+    """
+    rates: dict[str, float] = {}
+    equal, outputs, accepted, sampled = True, [], None, None
+    for dtype in DTYPES:
+        bundle = g4.load(workdir, dtype=dtype)
+        length = max(map(len, prompts)) + new_tokens
+        plain, drafting = (g4.Sampler(bundle, max_length=length, draft_tokens=k) for k in (0, draft_tokens))
+        settings = {"max_new_tokens": new_tokens, "stop_ids": []}
+        for sampler in (plain, drafting):
+            sampler.generate([prompts[0]], **settings)  # compiles
+        pairs = [[s.generate([prompt], **settings) for s in (plain, drafting)] for prompt in prompts]
+        for name, side in (("decode", 0), ("speculative", 1)):
+            rates[f"{name}_{dtype}"] = statistics.median(pair[side].stats.tokens_per_second for pair in pairs)
+        if dtype == "float32":
+            equal = all(a.tokens == b.tokens for a, b in pairs)
+            outputs = [b for _, b in pairs]
+            accepted = statistics.mean(b.stats.mean_accepted for _, b in pairs)
+            sampled = drafting.generate(list(prompts), temperature=1.0, seed=0, **settings).stats
+    write_atomically(workdir / "samples.md", samples_markdown(bundle.tokenizer, prompts, outputs))
+    best = max(DTYPES, key=lambda dtype: rates[f"speculative_{dtype}"])
+    return {
+        "decode_tokens_per_second": rates[f"decode_{best}"],
+        "speculative_tokens_per_second": rates[f"speculative_{best}"],
+        "speculative_dtype": best,
+        "speedup": rates[f"speculative_{best}"] / rates[f"decode_{best}"],
+        "speedup_vs_best_plain": rates[f"speculative_{best}"] / max(rates[f"decode_{dtype}"] for dtype in DTYPES),
+        **{f"{name}_tokens_per_second": rate for name, rate in rates.items()},
+        "speculative_equals_greedy": equal,
+        "speculative_compared_tokens": new_tokens * len(prompts),
+        "tokens_per_round_greedy": accepted,
+        "acceptance_sampled": sampled.accepted_per_step[0] / max(sampled.rounds, 1),
+        "tokens_per_round_sampled": sampled.mean_accepted,
+    }
+
+
+def samples_markdown(tokenizer, prompts: Sequence[Sequence[int]], outputs: Sequence[Any]) -> str:
+    """Prompt and continuation of each row; drafted tokens are bold."""
+    parts = ["# Samples", "", "Greedy continuations of held-out text. Tokens that the drafter proposed are **bold**."]
+    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), start=1):
+        continuation = _marked(tokenizer, output.tokens[0], output.drafted[0])
+        share = sum(output.drafted[0]) / max(len(output.drafted[0]), 1)
+        parts += ["", f"## {number}", "", "Prompt", "", f"<pre>{html.escape(tokenizer.decode(prompt, skip_special=True))}</pre>"]
+        parts += ["", f"Continuation, {share:.0%} drafted", "", f"<pre>{continuation}</pre>"]
+    return "\n".join(parts) + "\n"
+
+
+def _marked(tokenizer, tokens: Sequence[int], drafted: Sequence[bool]) -> str:
+    stream, text = tokenizer.stream(), []
+    for token, is_drafted in zip(tokens, drafted, strict=True):
+        piece = html.escape(stream.push(token))
+        text.append(f"<b>{piece}</b>" if is_drafted and piece else piece)
+    return ("".join(text) + html.escape(stream.flush())).replace("</b><b>", "")
