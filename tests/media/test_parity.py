@@ -140,7 +140,7 @@ def peer_inputs(processor, tokens, images, audio, videos):
 
 
 def peer_logits(peer, inputs):
-    """Logits under the masks that the peer's own ``generate`` uses; its bare forward pass builds others."""
+    """Logits under the masks that the peer means (global layers causal); its bare forward pass builds others."""
     embeddings = torch.zeros((*inputs["input_ids"].shape, 1))
     masks = peer.create_masks_for_generate(
         peer.config, embeddings, torch.ones_like(inputs["input_ids"]), None,
@@ -167,6 +167,29 @@ def test_batch_of_unlike_rows(peer, bundle):
     for logits, row in zip(got, rows, strict=True):
         want = peer_logits(peer, peer_inputs(bundle.processor, *row))
         assert np.abs(logits[: len(row[0])] - want).max() < 2e-4 * np.ptp(want)
+
+
+@pytest.mark.parametrize("name", ["two images side by side", "audio", "all"])
+def test_greedy_continuation(peer, bundle, name):
+    row = prompts(bundle.processor)[name]
+    # With a static cache the peer makes the masks of its own ``create_masks_for_generate``; with the default cache it
+    # falls back to those of the bare forward pass.
+    options = {"max_new_tokens": 40, "cache_implementation": "static", "disable_compile": True}
+    with torch.no_grad():
+        want = peer.generate(**peer_inputs(bundle.processor, *row), **options)[0, len(row[0]) :].tolist()
+    sampler = g4.Sampler(bundle, max_length=512, draft_tokens=0, chunk=64)  # the prompt takes several chunks
+    given = {"images": [row[1]], "audio": [row[2]], "videos": [row[3]]}
+    assert sampler.generate([row[0]], **given, max_new_tokens=40, stop_ids=[]).tokens[0] == want
+
+
+def test_batch_of_unlike_rows_continues_like_single_ones(bundle):
+    rows = list(prompts(bundle.processor).values())
+    sampler = g4.Sampler(bundle, max_length=512, draft_tokens=0)
+    tokens, *media = (list(column) for column in zip(*rows, strict=True))
+    together = sampler.generate(tokens, *media, max_new_tokens=8, stop_ids=[]).tokens
+    for row, want in zip(rows[1::3], together[1::3], strict=True):
+        alone = sampler.generate([row[0]], [row[1]], [row[2]], [row[3]], max_new_tokens=8, stop_ids=[])
+        assert alone.tokens[0] == want
 
 
 def test_the_bare_forward_pass_of_the_peer_is_another_model(peer, bundle):
