@@ -1,6 +1,7 @@
 """Meshes and the table of logical axes, on the real sizes, without allocating anything."""
 
 import jax
+import mini_train as mini
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -10,8 +11,6 @@ from gemma4_jax.errors import ConfigError
 from gemma4_jax.train import sharding
 from gemma4_jax.train.sharding import MeshConfig, check_batch, make_mesh, parameter_shardings
 from gemma4_jax.train.state import Network
-
-from . import conftest as mini
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import mini_train as mini
 import numpy as np
 import pytest
 
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.losses import LossConfig
 from gemma4_jax.train import step as steps
-
-from . import conftest as mini
 
 
 @functools.cache
