@@ -77,6 +77,16 @@ class MediaOptions:
         return cls(**{name: value for name, value in found.items() if value is not None})
 
 
+    def to_json(self) -> str:
+        """Text of a ``processor_config.json`` that ``from_folder`` reads back; what it has no field for is left out."""
+        stored = {
+            "image_processor": {"max_soft_tokens": self.image_budget},
+            "video_processor": {"max_soft_tokens": self.video_budget, "num_frames": self.video_frames},
+            "audio_seq_length": self.max_audio_tokens,
+        }
+        return json.dumps(stored, indent=2) + "\n"
+
+
 class Row(NamedTuple):
     """One prompt or training example.
 

@@ -196,6 +196,8 @@ def test_options_of_a_folder(tmp_path):
     stored = {"image_processor": {"max_soft_tokens": 560}, "video_processor": {"num_frames": 8}, "audio_seq_length": 9}
     path.write_text(json.dumps(stored))
     assert MediaOptions.from_folder(tmp_path) == MediaOptions(image_budget=560, video_frames=8, max_audio_tokens=9)
+    path.write_text(MediaOptions(video_budget=140, max_audio_tokens=3).to_json())
+    assert MediaOptions.from_folder(tmp_path) == MediaOptions(video_budget=140, max_audio_tokens=3)
     path.write_text("{")
     with pytest.raises(ConfigError, match=r"processor_config.json is not JSON"):
         MediaOptions.from_folder(tmp_path)

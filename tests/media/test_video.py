@@ -1,11 +1,14 @@
 """Video: which frames are taken, their times, every way of giving a clip, and what is refused."""
 
 import io
+import re
 import sys
 
 import av
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from gemma4_jax.errors import MediaError
@@ -129,3 +132,27 @@ def test_too_many_frames(monkeypatch):
     monkeypatch.setattr(video, "MAX_FRAMES", 5)
     with pytest.raises(MediaError, match="has 6 frames; the limit is 5"):
         prepare_video(animated("GIF"))
+
+
+FILES = {form: animated(form, 3) for form in ("GIF", "WEBP")}
+
+
+def outcome(source):
+    """The patches, or the message of the error."""
+    try:
+        return prepare_video(source, num_frames=3).patches, None
+    except MediaError as error:
+        return None, str(error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(FILES)), st.data())
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_mutated_animations_give_frames_or_a_named_error(form, data):
+    mutated = bytearray(FILES[form])
+    for _ in range(data.draw(st.integers(1, 8))):
+        mutated[data.draw(st.integers(0, min(len(mutated), 400) - 1))] = data.draw(st.integers(0, 255))
+    patches, error = outcome(bytes(mutated[: data.draw(st.integers(1, len(mutated)))]))
+    assert error is None or re.match(r"video <\d+ bytes>", error)
+    assert patches is None or (1 <= len(patches) <= 3 and np.isfinite(patches).all())
