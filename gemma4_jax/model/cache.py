@@ -90,8 +90,9 @@ def ring_slots(config: ModelConfig, max_length: int, draft_tokens: int) -> int:
 
 
 def global_slots(max_length: int, draft_tokens: int) -> int:
-    """Slots of a global layer: the longest row and a rejected draft, in whole blocks."""
-    return -(-(max_length + draft_tokens + 1) // BLOCK) * BLOCK
+    """Slots of a global layer: the longest row and a rejected draft, in whole blocks (or less than one block)."""
+    slots = max_length + draft_tokens + 1
+    return slots if slots <= BLOCK else -(-slots // BLOCK) * BLOCK
 
 
 def init_cache(

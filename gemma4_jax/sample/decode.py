@@ -101,11 +101,11 @@ def draft(
     """D = ``steps`` tokens that may follow each row's newest: int32 (B, D).
 
     Args:
-      drafter: ``ReadDrafter``, or a function (state) -> int32 (B, steps) that takes its place.
+      drafter: ``ReadDrafter``, or a function of the other arguments that takes its place.
       noise: (B, D + 1, V), of the positions behind the newest token.
     """
     if not isinstance(drafter, ReadDrafter):
-        return drafter(state)
+        return drafter(target, state, request, mode, steps, noise)
     config = target.config
     kinds = tuple(dict.fromkeys(config.drafter.layer_types))
     last = {kind: last_of_kind(config, kind) for kind in kinds}

@@ -62,9 +62,12 @@ def begin(graph, weights, prefix, wanted, seen, *, mode) -> decode.State:
 def rounds(
     graph, weights, drafter_graph, drafter_weights, state, wanted, max_rounds, *, steps, mode, buffer
 ) -> tuple[decode.State, decode.Emission]:
-    """See ``decode.decode_rounds``. drafter_graph may be a function that takes the drafter's place (see ``draft``)."""
+    """See ``decode.decode_rounds``. drafter_graph may be a function that takes the drafter's place: it gets
+    ``drafter_weights`` and then the arguments of ``decode.draft``."""
     drafter = None
-    if steps:
-        drafter = drafter_graph if drafter_weights is None else nnx.merge(drafter_graph, drafter_weights)
+    if steps and callable(drafter_graph):
+        drafter = functools.partial(drafter_graph, drafter_weights)
+    elif steps:
+        drafter = nnx.merge(drafter_graph, drafter_weights)
     target = nnx.merge(graph, weights)
     return decode.decode_rounds(target, drafter, state, wanted, max_rounds, steps=steps, mode=mode, buffer=buffer)

@@ -123,6 +123,11 @@ class Sampler:
         """As given: a fixed length or "auto"."""
         return "auto" if self.policy.fixed is None else self.policy.fixed
 
+    def replace_drafter(self, propose: Callable[..., jax.Array], weights: Any) -> None:
+        """Draft with a function instead: ``propose(weights, target, state, request, mode, steps, noise)`` gives int32
+        (B, steps), see ``gemma4_jax.sample.decode.draft``. For measuring the loop at a scripted acceptance."""
+        self._drafter = propose, weights
+
     def cache_bytes(self, batch: int = 1) -> dict[str, int]:
         """See ``gemma4_jax.model.cache.cache_bytes``, for this sampler's settings."""
         return cache_bytes(self.config, self.max_length, self.policy.longest, self.cache_dtype, batch)
@@ -235,12 +240,13 @@ class Sampler:
             seen = jnp.asarray(marks)
         return programs.begin(*self._target, prefix, wanted, seen, mode=mode)
 
-    def prefill(self, rows: Sequence[np.ndarray], prepared=None) -> prefill.Prefix:
-        """Run prompts through the network into fresh caches.
+    def prefill(self, rows: Sequence[np.ndarray], prepared=None, chunks: Sequence[prefill.Chunk] | None = None):
+        """Run prompts through the network into fresh caches: a ``Prefix``.
 
         Args:
           rows: int32 ids of each row.
           prepared: the processor's ``Batch`` when there are media.
+          chunks: calls to make; None: as planned by ``plan_chunks``.
         """
         count = len(rows)
         dtype = jnp.dtype(self.config.dtype)
@@ -252,12 +258,12 @@ class Sampler:
         runs = embeddings = None
         if prepared is not None and prepared.media is not None:
             runs = np.asarray(image_runs(jnp.asarray(prepared.token_types, jnp.int32)))
-            embeddings = self._model.embed(jnp.asarray(prepared.tokens), prepared.media)
+            embeddings = self._embed(prepared)
         pieces = [
             prefill.cut_row(len(row), self.chunk, None if runs is None else runs[i, : len(row)])
             for i, row in enumerate(rows)
         ]
-        for chunk in prefill.plan_chunks(pieces, self.chunk):
+        for chunk in prefill.plan_chunks(pieces, self.chunk) if chunks is None else chunks:
             counts = jnp.asarray(chunk.counts)
             if embeddings is None:
                 tokens = np.zeros((count, chunk.size), np.int32)
@@ -275,6 +281,10 @@ class Sampler:
                 jnp.asarray(np.take_along_axis(runs, index, axis=1)),
             )
         return prefix
+
+    def _embed(self, prepared) -> jax.Array:
+        """Decoder inputs of whole rows, computed once: (B, T, D)."""
+        return self._model.embed(jnp.asarray(prepared.tokens), prepared.media)
 
     def _rounds(self, state: decode.State, wanted: decode.Request, mode: Mode, run: _Run) -> decode.State:
         steps, rounds = self.policy.next()
