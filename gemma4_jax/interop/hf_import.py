@@ -200,7 +200,8 @@ def _read_into(target: np.ndarray, tensor: StoredTensor, row: Row) -> None:
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} holds NaN or infinite numbers")
         if row.offset:
             block = block.astype(np.float32) + np.float32(1)
-        out[start : start + _BLOCK] = block
+        with np.errstate(over="ignore"):  # looked for below
+            out[start : start + _BLOCK] = block
     if not _finite(out):
         raise CheckpointError(f"{tensor.file}: tensor {tensor.name} overflows {target.dtype}")
 
