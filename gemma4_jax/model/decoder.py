@@ -17,7 +17,7 @@ from flax import nnx
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.attention import Attend, Attention, Rope, masked_attention
 from gemma4_jax.model.audio import AudioEmbedder
-from gemma4_jax.model.layers import LINEAR_OUTPUT, Embedder, FeedForward, LayerScalar, RMSNorm
+from gemma4_jax.model.layers import KEPT, Embedder, FeedForward, LayerScalar, RMSNorm
 from gemma4_jax.model.masks import make_masks
 from gemma4_jax.model.rope import rope_table
 from gemma4_jax.model.vision import VisionEmbedder, place_media
@@ -83,8 +83,9 @@ class Group(nnx.Module):
     def __call__(self, x, kv, ropes, masks):
         """One pass with full masked attention; ``kv`` is replaced by this group's last of each kind."""
         kv = dict(kv)
+        step = _remat(self.config, _block_step)
         for block in self.layers:
-            x, kv[block.kind] = block(x, ropes[block.kind], _attend_with(masks[block.kind], self.config))
+            x, kv[block.kind] = step(block, x, ropes[block.kind], masks[block.kind])
         return x, kv
 
 
@@ -171,8 +172,9 @@ class Gemma4(nnx.Module):
         ropes = {kind: rope_table(config, kind, positions) for kind in kinds}
         masks = make_masks(config, length, segment_ids, token_types)
         x, kv = self._run_groups(x, ropes, masks)
+        step = _remat(config, _block_step)
         for block in self.tail:
-            x, kv[block.kind] = _remat(config, _block_step)(block, x, ropes[block.kind], masks[block.kind])
+            x, kv[block.kind] = step(block, x, ropes[block.kind], masks[block.kind])
         return DecoderOutput(self.final_norm(x), kv)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -182,11 +184,10 @@ class Gemma4(nnx.Module):
     def _run_groups(self, x, ropes, masks):
         config = self.config
         empty = {kind: _empty_kv(config, kind, x) for kind in dict.fromkeys(config.layer_types)}
-        body = _remat(config, lambda group, x, kv: group(x, kv, ropes, masks))
 
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         def run(carry, group):
-            return body(group, *carry)
+            return group(*carry, ropes, masks)
 
         return run((x, empty), self.groups)
 
@@ -201,10 +202,13 @@ def _block_step(block, x, rope, mask):
 
 
 def _remat(config: ModelConfig, function):
-    """Recompute in the backward pass: nothing ("none"), all but products with weights ("dots"), or all ("full")."""
+    """Recompute each layer in the backward pass: nothing ("none"), all but linear maps ("dots"), or all ("full").
+
+    Layer by layer, not group by group: the recomputed values of one layer are alive at a time.
+    """
     if config.remat == "none":
         return function
-    keep = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT)
     policy = keep if config.remat == "dots" else None
     return nnx.remat(function, policy=policy)
 

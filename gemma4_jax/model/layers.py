@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-LINEAR_OUTPUT = "linear_output"  # what ``remat="dots"`` keeps
+KEPT = "kept"  # what ``remat="dots"`` keeps
 
 
 class LayerScalar(nnx.Variable):
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
-        y = checkpoint_name(matmul(x, self.weight[...]), LINEAR_OUTPUT)
+        y = checkpoint_name(matmul(x, self.weight[...]), KEPT)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
