@@ -19,7 +19,7 @@ from flax import nnx
 
 from gemma4_jax.config import DTYPES, ModelConfig, get_preset, unknown_name
 from gemma4_jax.errors import CheckpointError, ConfigError, PromptError
-from gemma4_jax.interop import hf_config, hf_import, names
+from gemma4_jax.interop import gguf_export, hf_config, hf_export, hf_import, names
 from gemma4_jax.media import MediaOptions, Processor
 from gemma4_jax.model.decoder import Gemma4
 from gemma4_jax.model.drafter import Drafter, draft_rollout
@@ -235,19 +235,37 @@ def save(bundle: Bundle, path: str | Path, format: str = "checkpoint", dtype: st
     """Write a bundle.
 
     Args:
-      path: a folder that holds no complete checkpoint yet.
+      path: a folder that does not exist yet or is empty.
       format: ``checkpoint`` (ours), ``huggingface`` or ``gguf``.
-      dtype: of the stored weights; None: as they are.
+      dtype: of the stored weights; None: as they are. GGUF also takes ``q8_0`` and ``q4_0``.
 
     Raises:
-      ConfigError: unknown format or dtype.
+      ConfigError: unknown format or dtype, or a setting that the format cannot express.
       CheckpointError: the folder holds a checkpoint already, or cannot be written.
     """
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, DTYPES)
-    _save_checkpoint(bundle, Path(path), dtype)
+    dtypes = gguf_export.DTYPES if format == "gguf" else DTYPES
+    if dtype is not None and dtype not in dtypes:
+        raise unknown_name("dtype", dtype, dtypes)
+    writers = {"checkpoint": _save_checkpoint, "huggingface": _save_published, "gguf": _save_gguf}
+    writers[format](bundle, Path(path), dtype)
+
+
+def _save_published(bundle: Bundle, path: Path, dtype: str | None) -> None:
+    files = _text_files(bundle)
+    hf_export.save_folder(path, bundle.config, bundle_weights(bundle), files=files, dtype=dtype)
+
+
+def _save_gguf(bundle: Bundle, path: Path, dtype: str | None) -> None:
+    gguf_export.save_folder(
+        path,
+        bundle.config,
+        bundle_weights(bundle),
+        tokenizer=bundle.tokenizer,
+        chat_template=bundle.chat_template,
+        dtype=dtype or bundle.config.param_dtype,
+    )
 
 
 def _save_checkpoint(bundle: Bundle, path: Path, dtype: str | None) -> None:
@@ -255,7 +273,8 @@ def _save_checkpoint(bundle: Bundle, path: Path, dtype: str | None) -> None:
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
         weights = _cast(weights, dtype)
-    checkpoints.save(path, {checkpoints.PARAMS: trees.unflatten(weights)}, files=_text_files(bundle, config))
+    files = {"config.json": json.dumps(config.to_dict(), indent=2) + "\n", **_text_files(bundle)}
+    checkpoints.save(path, {checkpoints.PARAMS: trees.unflatten(weights)}, files=files)
 
 
 def bundle_weights(bundle: Bundle) -> dict[str, jax.Array]:
@@ -264,14 +283,16 @@ def bundle_weights(bundle: Bundle) -> dict[str, jax.Array]:
     return Network(bundle.config).weights(modules)
 
 
-def _text_files(bundle: Bundle, config: ModelConfig) -> dict[str, str]:
-    files = {"config.json": json.dumps(config.to_dict(), indent=2) + "\n"}
+def _text_files(bundle: Bundle) -> dict[str, str]:
+    """Tokenizer, chat template and processor configuration, by file name."""
+    files = {}
     if bundle.tokenizer is not None:
         files["tokenizer.json"] = bundle.tokenizer.to_json()
-        if bundle.tokenizer.settings is not None:
-            files["tokenizer_config.json"] = json.dumps(bundle.tokenizer.settings, indent=2) + "\n"
+        files["tokenizer_config.json"] = bundle.tokenizer.settings_json()
     if bundle.chat_template is not None:
         files[TEMPLATE] = bundle.chat_template
+    if bundle.processor is not None:
+        files["processor_config.json"] = bundle.processor.options.to_json()
     return files
 
 

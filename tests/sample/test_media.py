@@ -86,3 +86,10 @@ def test_count_mismatch_names_the_row(bundle):
         sampler.generate(["<|image|><|image|>"], images=[[IMAGE]])
     with pytest.raises(MediaError, match=r"row 0: audio 0: .* longer than 30 s"):
         sampler.generate(["x"], audio=[[np.zeros(480_001, np.float32)]])
+
+
+def test_saved_and_loaded(bundle, plain, tmp_path):
+    g4.save(bundle, tmp_path / "saved")
+    again = g4.load(tmp_path / "saved", dtype=None)
+    assert again.processor.options == bundle.processor.options
+    assert generate(again, [4], draft_tokens=0).tokens == [plain[4]]
