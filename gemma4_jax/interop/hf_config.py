@@ -351,7 +351,7 @@ def published_config(config: ModelConfig, spelling: str = "per_layer_config") ->
     Raises:
       ConfigError: a switch that the published form cannot express.
     """
-    _check_expressible(config)
+    check_expressible(config)
     values: dict[str, Any] = {
         "architectures": ["Gemma4UnifiedForConditionalGeneration"],
         "model_type": "gemma4_unified",
@@ -381,7 +381,7 @@ def published_config(config: ModelConfig, spelling: str = "per_layer_config") ->
 
 def published_drafter_config(config: ModelConfig, spelling: str = "per_layer_config") -> dict[str, Any]:
     """The drafter's ``config.json``."""
-    _check_expressible(config)
+    check_expressible(config)
     drafter = config.drafter
     text = _published_text(config, spelling, drafter.layer_types)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -413,7 +413,8 @@ def published_generation_config(config: ModelConfig) -> dict[str, Any]:
     return values | ({"suppress_tokens": list(config.suppress_tokens)} if config.suppress_tokens else {})
 
 
-def _check_expressible(config: ModelConfig):
+def check_expressible(config: ModelConfig) -> None:
+    """Raise ConfigError for a switch that the published form of this model does not have."""
     wanted = {"value_norm": True, "attention_scale": 1.0, "global_rope_scaling_factor": 1.0}
     for name, value in wanted.items():
         if getattr(config, name) != value:

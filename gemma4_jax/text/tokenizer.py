@@ -99,8 +99,12 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(self.settings_json(), encoding="utf-8")
+
+    def settings_json(self) -> str:
+        """The text of its ``tokenizer_config.json``."""
         settings = self.settings if self.settings is not None else _default_settings()
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return json.dumps(settings, indent=2) + "\n"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer.from_json, (self._backend.to_str(), self.settings)
