@@ -25,6 +25,7 @@ TONES = {
     if key.isdigit()
 }
 SAMPLE_RATE = 16_000
+TONE_SECONDS, PAUSE_SECONDS = 0.08, 0.04
 HELDOUT_EVERY = 6  # digits: every sixth image is held out
 DTMF_EXAMPLES = {"train": 20_000, "heldout": 300}
 
@@ -97,10 +98,10 @@ class Dtmf:
 
 
 def dial(keys: str, rng: np.random.Generator) -> np.ndarray:
-    """The sound of keys pressed one after the other.
+    """The sound of keys dialled by a machine: each tone lasts 80 ms, each pause 40 ms.
 
-    Every press has its own length (60 to 120 ms), pause (40 to 80 ms), phases and tilt between the two tones; the
-    string has one level (0 to 18 dB below full scale) and white noise 20 to 40 dB below the tones.
+    The first tone begins within 40 ms, every tone has its own two phases and tilt between its two frequencies; the string
+    has one level (0 to 18 dB below full scale) and white noise 20 to 40 dB below the tones.
 
     Args:
       keys: digits.
@@ -109,12 +110,13 @@ def dial(keys: str, rng: np.random.Generator) -> np.ndarray:
     Returns:
       f32 (n,) at 16 kHz.
     """
-    parts = [np.zeros(int(rng.uniform(0.0, 0.08) * SAMPLE_RATE))]
+    time = np.arange(int(TONE_SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
+    pause = np.zeros(int(PAUSE_SECONDS * SAMPLE_RATE))
+    parts = [pause[: rng.integers(len(pause))]]
     for key in keys:
-        time = np.arange(int(rng.uniform(0.06, 0.12) * SAMPLE_RATE)) / SAMPLE_RATE
         tilt = rng.uniform(0.7, 1.0, 2)
         waves = [a * np.sin(2 * np.pi * (f * time + rng.random())) for a, f in zip(tilt, TONES[key], strict=True)]
-        parts += [0.5 * sum(waves), np.zeros(int(rng.uniform(0.04, 0.08) * SAMPLE_RATE))]
+        parts += [0.5 * sum(waves), pause]
     sound = np.concatenate(parts)
     noise = rng.standard_normal(len(sound)) * 0.5 * 10 ** (-rng.uniform(20, 40) / 20)
     level = 10 ** (-rng.uniform(0, 18) / 20)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma4_jax.errors import MediaError, PromptError
+from gemma4_jax.bundle import load
+from gemma4_jax.errors import ConfigError, MediaError, PromptError
 from gemma4_jax.sample.chat import Chat, ChatReply
+from gemma4_jax.sample.sampler import Sampler
 from gemma4_jax.text.reply import THINKING, Fragment
 
 HELP = """\
@@ -100,6 +102,26 @@ class TerminalChat:
             raise PromptError(
                 f"no command {name}; choices: {', '.join((*_ATTACH, '/think', '/reset', '/save', '/quit'))}"
             )
+
+
+def open_chat(section: Mapping[str, Any]) -> Chat:
+    """The chat that a config's section ``chat`` describes (``configs/chat.py`` has the fields).
+
+    Raises:
+      ConfigError, CheckpointError, PromptError: as loading and the sampler raise them; no checkpoint given.
+    """
+    if not section["checkpoint"]:
+        raise ConfigError("chat.checkpoint is empty; give the folder of a checkpoint")
+    bundle = load(section["checkpoint"], drafter=section["drafter"] or None, dtype=section["dtype"])
+    drafts = "auto" if section["draft_tokens"] is None else section["draft_tokens"]
+    length = min(section["max_length"], bundle.config.max_position_embeddings)
+    sampling = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
+    return Chat(
+        Sampler(bundle, max_length=length, draft_tokens=drafts),
+        system=section["system"] or None,
+        thinking=section["thinking"],
+        **{name: section[name] for name in sampling},
+    )
 
 
 def _as_json(value: Any) -> Any:

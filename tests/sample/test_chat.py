@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 import types
 
 import numpy as np
@@ -9,13 +11,15 @@ import pytest
 from PIL import Image
 
 import gemma4_jax as g4
-from gemma4_jax.errors import MediaError, PromptError
-from gemma4_jax.sample.terminal import TerminalChat
+from gemma4_jax.errors import ConfigError, MediaError, PromptError
+from gemma4_jax.sample.terminal import TerminalChat, open_chat
 from gemma4_jax.text import tools
 from gemma4_jax.text.pieces import Control, Pieces
 from gemma4_jax.text.tokenizer import train_tokenizer
+from gemma4_jax.train.run_config import load_config
 
 TOKENIZER = train_tokenizer(["Hello there, what is it? thought user model system call: 1 2 3"] * 3, 400)
+ROOT = pathlib.Path(__file__).parents[2]
 STATS = types.SimpleNamespace(tokens_per_second=12.34, drafted=8, accepted=6)
 
 
@@ -186,3 +190,14 @@ def test_terminal(tmp_path):
     assert [m["content"] for m in saved[1::2]] == ["a cat", "yes"]
     assert chat.history == []
     assert terminal(chat).endswith("\n")
+
+
+def test_chat_of_a_config(tmp_path):
+    layers = {"num_hidden_layers": 2, "layer_types": ("sliding_attention", "full_attention"), "drafter": None}
+    g4.save(g4.init("tiny", config_overrides=layers), tmp_path / "saved")
+    section = load_config("configs/chat.py", ROOT)[0].chat
+    with pytest.raises(ConfigError, match=r"chat.checkpoint is empty"):
+        open_chat(section)
+    section.update(checkpoint=str(tmp_path / "saved"), dtype="float32", max_new_tokens=3, max_length=256)
+    text = terminal(open_chat(section), "hello")
+    assert re.search(r"\[\d+ tokens, [\d.]+ tokens/s", text)
