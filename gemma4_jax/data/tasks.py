@@ -27,7 +27,7 @@ TONES = {
 SAMPLE_RATE = 16_000
 TONE_SECONDS, PAUSE_SECONDS = 0.08, 0.04
 HELDOUT_EVERY = 6  # digits: every sixth image is held out
-DTMF_EXAMPLES = {"train": 20_000, "heldout": 300}
+DTMF_EXAMPLES = {"train": 8_000, "heldout": 300}
 
 
 def question(kind: str, source: Any, text: str, answer: str) -> dict[str, Any]:
