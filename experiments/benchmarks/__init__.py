@@ -1,0 +1,1 @@
+"""The measured sides of ``experiments.benchmark``: one module a mode."""

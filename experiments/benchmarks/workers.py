@@ -1,0 +1,84 @@
+"""Sides of a benchmark as processes of their own that take turns.
+
+A worker is a module run with ``python -m MODULE SIDE JSON`` whose main calls ``serve``: it prepares, says so, and then measures
+once per request. Turns alternate, so that whatever else the machine does falls on all sides alike; medians are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Measurement = dict[str, float]
+
+
+class Worker:
+    """One side: started at once, ready after ``wait``; use as a context manager.
+
+    Raises:
+      RuntimeError: the process ended before it answered (its own error is on stderr).
+    """
+
+    def __init__(self, module: str, side: str, options: dict[str, Any], threads: int):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        self.side = side
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, side, json.dumps(options)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def wait(self) -> Measurement:
+        """The next line that the process writes."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the {self.side} side of the benchmark ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def measure(self) -> Measurement:
+        """One more measurement."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.wait()
+
+
+def serve(prepare: Callable[[], Callable[[], Measurement]]) -> None:
+    """The worker's side: prepare, then answer each line of stdin with a measurement. Libraries' chatter goes to stderr."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    measure = prepare()
+    print(json.dumps({"ready": 1.0}), file=answers, flush=True)
+    for _ in sys.stdin:
+        result = measure()
+        result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(result), file=answers, flush=True)
+
+
+def alternate(workers: Iterable[Worker], rounds: int) -> dict[str, Measurement]:
+    """Medians of ``rounds`` measurements of every side, taken in turns; the largest ``peak_bytes``."""
+    workers = list(workers)
+    for worker in workers:
+        worker.wait()
+    taken = {worker.side: [] for worker in workers}
+    for _ in range(rounds):
+        for worker in workers:
+            taken[worker.side].append(worker.measure())
+    return {side: _summary(rows) for side, rows in taken.items()}
+
+
+def _summary(rows: list[Measurement]) -> Measurement:
+    summary = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    summary["peak_bytes"] = max(row["peak_bytes"] for row in rows)
+    return summary
