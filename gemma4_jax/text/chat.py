@@ -128,7 +128,7 @@ def segments(
         if role == "tool":
             if not open_turn:
                 raise PromptError(f"message {index} is a tool's response but no tool call precedes it")
-            parts.append(Segment(_response(message, index), False))
+            parts.append(Segment(_response(messages, index), False))
             continue
         if open_turn and role != "model":
             parts.append(Segment(Pieces([END_TURN, "\n"]), False))
@@ -258,13 +258,24 @@ def _calls(message: Message, index: int) -> list[str]:
     return pieces
 
 
-def _response(message: Message, index: int) -> Pieces:
-    if not isinstance(message.get("name"), str):
+def _response(messages: Sequence[Message], index: int) -> Pieces:
+    message = messages[index]
+    name = message.get("name") or _called_name(messages[:index], message.get("tool_call_id"))
+    if not isinstance(name, str):
         raise PromptError(f"message {index} is a tool's response without the tool's name")
     content = message.get("content")
     if not isinstance(content, Mapping) and isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(part["text"] for part in _parts(message, index) if part["type"] == "text")
-    return Pieces([TOOL_RESPONSE, *tool_format.response(message["name"], content), END_TOOL_RESPONSE])
+    return Pieces([TOOL_RESPONSE, *tool_format.response(name, content), END_TOOL_RESPONSE])
+
+
+def _called_name(messages: Sequence[Message], call_id: Any) -> str | None:
+    """The function of the call with an id, for responses that name only the call."""
+    for message in reversed(messages) if call_id is not None else ():
+        for entry in message.get("tool_calls") or ():
+            if isinstance(entry, Mapping) and entry.get("id") == call_id:
+                return _function(entry).get("name")
+    return None
 
 
 def _function(entry: Any) -> Mapping[str, Any]:
@@ -272,7 +283,13 @@ def _function(entry: Any) -> Mapping[str, Any]:
         return {"name": entry.name, "arguments": entry.arguments}
     if not isinstance(entry, Mapping):
         raise PromptError(f"a tool call is {type(entry).__name__}; a mapping is expected")
-    return entry.get("function", entry)
+    function = entry.get("function", entry)
+    if isinstance(function.get("arguments"), str):  # JSON, as some libraries write it
+        try:
+            return {**function, "arguments": json.loads(function["arguments"])}
+        except ValueError as error:
+            raise PromptError(f"arguments of the tool call {function.get('name')!r} are not JSON: {error}") from error
+    return function
 
 
 def _for_template(message: Message) -> dict[str, Any]:

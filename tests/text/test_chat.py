@@ -172,6 +172,19 @@ def test_tools_equal_transformers_with_the_template(messages, thinking):
     assert to_ids(sandboxed.pieces) == want
 
 
+def test_calls_and_responses_of_other_libraries():
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"place": "Ä, {x}", "days": 2}'},
+    }
+    response = {"role": "tool", "tool_call_id": "c1", "content": CALL[2]["content"]}
+    assert chat.render([CALL[0], {**CALL[1], "tool_calls": [call]}, response]) == chat.render(CALL)
+    broken = {**call, "function": {"name": "weather", "arguments": "{"}}
+    with pytest.raises(PromptError, match="arguments of the tool call 'weather' are not JSON"):
+        chat.render([CALL[0], {**CALL[1], "tool_calls": [broken]}])
+
+
 def test_media_parts():
     prompt = chat.render(MEDIA)
     assert to_ids(prompt.pieces) == peer_ids(MEDIA)
