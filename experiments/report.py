@@ -17,10 +17,11 @@ DTYPES = ("float32", "bfloat16")
 
 def heldout_prompts(tokenizer, text: str, count: int, length: int) -> list[list[int]]:
     """``count`` pieces of ``length`` tokens, bos included, from places spread evenly over a text."""
-    pieces = []
+    pieces, span = [], 8 * length  # characters that surely hold enough tokens of text
     for i in range(count):
-        start = text.find("\n", i * len(text) // count) + 1
-        pieces.append(tokenizer.encode(text[start : start + 8 * length])[:length])
+        start = max(0, min(i * len(text) // count, len(text) - span))
+        line = text.find("\n", start, start + span // 2) + 1  # a line's beginning nearby, if there is one
+        pieces.append(tokenizer.encode(text[line or start :][:span])[:length])
     if not pieces or min(map(len, pieces)) < 2:
         raise DataError(f"the held-out text of {len(text)} characters is too short for {count} prompts")
     return pieces
