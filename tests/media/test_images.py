@@ -12,6 +12,7 @@ import pytest
 import sklearn.datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from media_fuzz import mutated, outcome
 from PIL import Image
 
 from gemma4_jax.errors import MediaError
@@ -233,14 +234,6 @@ def test_oversized_file(monkeypatch, tmp_path):
         prepare_image(tmp_path / "x.png")
 
 
-def outcome(source):
-    """The patches, or the message of the error."""
-    try:
-        return prepare_image(source, 70).patches, None
-    except MediaError as error:
-        return None, str(error)
-
-
 SMALL_FILES = {
     form: encoded(Image.open(CHINA).resize((40, 30)), form)
     for form in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA")
@@ -248,17 +241,13 @@ SMALL_FILES = {
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(sorted(SMALL_FILES)), st.data())
+@given(mutated(SMALL_FILES))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_mutated_files_give_an_image_or_a_named_error(form, data):
-    mutated = bytearray(SMALL_FILES[form])
-    for _ in range(data.draw(st.integers(1, 8))):
-        mutated[data.draw(st.integers(0, min(len(mutated), 400) - 1))] = data.draw(st.integers(0, 255))
-    mutated = bytes(mutated[: data.draw(st.integers(1, len(mutated)))])
-    patches, error = outcome(mutated)
+def test_mutated_files_give_an_image_or_a_named_error(file):
+    image, error = outcome(prepare_image, file, 70)
     assert error is None or re.fullmatch(r".*\d bytes>.*", error)  # one line
-    assert patches is None or (1 <= len(patches) <= 70 and np.isfinite(patches).all())
+    assert image is None or (1 <= len(image.patches) <= 70 and np.isfinite(image.patches).all())
 
 
 @settings(max_examples=50, deadline=None)
