@@ -27,7 +27,9 @@ def heldout_prompts(tokenizer, text: str, count: int, length: int) -> list[list[
     return pieces
 
 
-def sampling_results(workdir: Path, prompts: Sequence[Sequence[int]], new_tokens: int, draft_tokens: int) -> dict[str, Any]:
+def sampling_results(
+    workdir: Path, prompts: Sequence[Sequence[int]], new_tokens: int, draft_tokens: int
+) -> dict[str, Any]:
     """Plain against speculative decoding, batch 1, greedy, in f32 and bf16; acceptance when sampling at temperature 1.
 
     Writes ``workdir/samples.md``. Rates are medians over prompts, plain and speculative runs alternating; compilation is
@@ -73,7 +75,14 @@ def samples_markdown(tokenizer, prompts: Sequence[Sequence[int]], outputs: Seque
     for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), start=1):
         continuation = _marked(tokenizer, output.tokens[0], output.drafted[0])
         share = sum(output.drafted[0]) / max(len(output.drafted[0]), 1)
-        parts += ["", f"## {number}", "", "Prompt", "", f"<pre>{html.escape(tokenizer.decode(prompt, skip_special=True))}</pre>"]
+        parts += [
+            "",
+            f"## {number}",
+            "",
+            "Prompt",
+            "",
+            f"<pre>{html.escape(tokenizer.decode(prompt, skip_special=True))}</pre>",
+        ]
         parts += ["", f"Continuation, {share:.0%} drafted", "", f"<pre>{continuation}</pre>"]
     return "\n".join(parts) + "\n"
 

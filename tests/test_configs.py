@@ -39,7 +39,9 @@ def test_resolved_config_equals_its_golden(spec):
     golden = GOLDENS / f"{spec.replace('.py', '').replace(':', '-')}.json"
     found = run_config.resolved(load(spec))
     changed = run_config.differences(json.loads(golden.read_text()), found)
-    assert not changed, f"differs from {golden.name} in {changed}; if meant: launch.py --config configs/{spec} --dry_run"
+    assert not changed, (
+        f"differs from {golden.name} in {changed}; if meant: launch.py --config configs/{spec} --dry_run"
+    )
 
 
 @pytest.mark.parametrize("spec", TRAINING)

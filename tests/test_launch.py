@@ -122,7 +122,12 @@ def test_overrides_keep_types(config_file, text, field, value):
 
 def test_model_overrides_take_new_fields(config_file):
     config, _, _ = run_config.load_config(config_file, ROOT)
-    for field, text in (("hidden_size", "64"), ("drafter.num_hidden_layers", "1"), ("vision", "None"), ("dtype", "bfloat16")):
+    for field, text in (
+        ("hidden_size", "64"),
+        ("drafter.num_hidden_layers", "1"),
+        ("vision", "None"),
+        ("dtype", "bfloat16"),
+    ):
         run_config.set_field(config, f"model_overrides.{field}", text)
     assert config.model_overrides.to_dict() == {
         "hidden_size": 64, "drafter": {"num_hidden_layers": 1}, "vision": None, "dtype": "bfloat16",
@@ -130,7 +135,8 @@ def test_model_overrides_take_new_fields(config_file):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(ConfigError("bad field"), 2), (DataError("row 3 is\nempty"), 3), (CheckpointError("no file"), 3)]
+    ("error", "code"),
+    [(ConfigError("bad field"), 2), (DataError("row 3 is\nempty"), 3), (CheckpointError("no file"), 3)],
 )
 def test_errors_of_experiments(tmp_path, config_file, experiment, capsys, error, code):
     """One line, the right code, and nothing half-written; the traceback only with --debug."""
@@ -242,7 +248,9 @@ def fake_processes(monkeypatch, tmp_path, fail_index=None):
     return ran
 
 
-def test_a_sweep_survives_a_failed_member_and_skips_finished_ones(tmp_path, config_file, experiment, monkeypatch, capsys):
+def test_a_sweep_survives_a_failed_member_and_skips_finished_ones(
+    tmp_path, config_file, experiment, monkeypatch, capsys
+):
     ran = fake_processes(monkeypatch, tmp_path, fail_index=1)
     command = ("--config", config_file, "--workdir", tmp_path / "s", "--sweep", "depth")
     assert run(*command) == 1

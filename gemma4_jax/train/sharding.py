@@ -91,7 +91,9 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     fixed = config.fsdp * config.tensor
     if config.data == -1 and len(devices) % fixed:
-        raise ConfigError(f"{len(devices)} devices are not a multiple of mesh.fsdp {config.fsdp} x tensor {config.tensor}")
+        raise ConfigError(
+            f"{len(devices)} devices are not a multiple of mesh.fsdp {config.fsdp} x tensor {config.tensor}"
+        )
     data = len(devices) // fixed if config.data == -1 else config.data
     if data * fixed != len(devices):
         raise ConfigError(

@@ -58,7 +58,9 @@ class Network:
         self._parts = {part: nnx.split(module) for part, module in parts.items()}
         self._flat = {part: nnx.to_flat_state(state) for part, (_, state) in self._parts.items()}
         abstract = {name: variable for part in self._flat for name, variable in self._named(part, self._flat[part])}
-        self.shapes = {name: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype) for name, v in abstract.items()}
+        self.shapes = {
+            name: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype) for name, v in abstract.items()
+        }
         self.variables = {name for name, variable in abstract.items() if not isinstance(variable, nnx.Param)}
 
     @staticmethod
@@ -156,7 +158,11 @@ def to_items(state: TrainState) -> dict[str, Any]:
     """Checkpoint items ``params`` and ``train``: nested pure dicts (of arrays, or of shapes for an abstract state)."""
     return {
         "params": trees.unflatten({**state.params, **state.frozen}),
-        "train": {"step": state.step, "key": state.key, "optimizer": trees.unflatten(trees.named_leaves(state.opt_state))},
+        "train": {
+            "step": state.step,
+            "key": state.key,
+            "optimizer": trees.unflatten(trees.named_leaves(state.opt_state)),
+        },
     }
 
 

@@ -143,7 +143,8 @@ def eval_means(sums: Mapping[str, float], loss: LossConfig) -> dict[str, float]:
 
     ``acceptance_j`` is how often step j's token equals the target's choice with the true tokens before it;
     ``mean_accepted`` is 1 (the target's own token) plus the sum of the products: the tokens that a round would emit if the
-    steps failed independently. ``acceptance_sampled_1`` is the chance that sampling at temperature 1 keeps the first drafted token.
+    steps failed independently. ``acceptance_sampled_1`` is the probability that the target gives to the first drafted token:
+    how often sampling at temperature 1 keeps it when drafting by argmax.
     """
     means = {"next_token_loss": sums["next_token"] / max(sums["count_next_token"], 1.0)}
     if not loss.uses_drafter:

@@ -26,8 +26,8 @@ class TrainOptions:
 
     steps: optimiser updates. accumulation: micro-batches of one update. log_every, eval_every, checkpoint_every: in steps
     (0: never; the last step is always evaluated and saved). eval_batches, final_eval_batches: held-out batches of an
-    evaluation on the way and of the last one (0: all). keep: newest checkpoints to keep. trainable: glob patterns over parameter names, ``!pattern`` leaves out, the last match
-    decides.
+    evaluation on the way and of the last one (0: all). keep: newest checkpoints to keep. trainable: glob patterns over
+    parameter names, ``!pattern`` leaves out, the last match decides.
     """
 
     steps: int = 1000

@@ -19,14 +19,20 @@ SMALL = [
 
 def command(source, workdir, *overrides):
     fields = [*SMALL, f"data.source={source}", *overrides]
-    return ["--config", "configs/pretrain.py:tiny", "--workdir", str(workdir), *(f"--config.{field}" for field in fields)]
+    return [
+        "--config",
+        "configs/pretrain.py:tiny",
+        "--workdir",
+        str(workdir),
+        *(f"--config.{field}" for field in fields),
+    ]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
-    words = "the quick brown fox jumps over a lazy dog and then sleeps".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps"]
     for i in range(30):
         (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 80)) + ".\n")
     return f"text:{folder}/*.txt"
@@ -56,7 +62,11 @@ def test_from_corpus_to_results(corpus, tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "code", "message"),
-    [("text:/nowhere/*.txt", 3, "/nowhere/*.txt"), ("books", 2, "books"), ("jsonl:/nowhere/x.jsonl", 3, "/nowhere/x.jsonl")],
+    [
+        ("text:/nowhere/*.txt", 3, "/nowhere/*.txt"),
+        ("books", 2, "books"),
+        ("jsonl:/nowhere/x.jsonl", 3, "/nowhere/x.jsonl"),
+    ],
 )
 def test_bad_sources(tmp_path, capsys, source, code, message):
     assert launch.main(command(source, tmp_path / "w")) == code

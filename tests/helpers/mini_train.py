@@ -6,6 +6,7 @@ import signal
 import grain
 import jax
 import numpy as np
+
 from gemma4_jax.config import get_preset
 from gemma4_jax.losses import LossConfig
 from gemma4_jax.train.optimizer import OptimizerConfig

@@ -89,7 +89,15 @@ def test_what_a_run_leaves(short, uninterrupted):
     rows = metrics.read_metrics(workdir)
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [4, 6]
-    wanted = {"loss", "next_token_loss", "mtp_1_loss", "learning_rate", "gradient_norm", "tokens_per_second", "empty_steps"}
+    wanted = {
+        "loss",
+        "next_token_loss",
+        "mtp_1_loss",
+        "learning_rate",
+        "gradient_norm",
+        "tokens_per_second",
+        "empty_steps",
+    }
     assert wanted <= rows[0].keys()
     assert {"bits_per_byte", "acceptance_1", "acceptance_2", "mean_accepted"} <= result.evaluation.keys()
     assert rows[-1]["bits_per_byte"] == result.evaluation["bits_per_byte"]
@@ -145,8 +153,8 @@ def test_data_that_ends(short, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.Checkpoints, "save", lambda *_, **__: None)
     with pytest.raises(DataError, match="ended after step 3 of 6"):
         loop.train(short, Ending(), tmp_path, files={})
+    run = loop._Run(short, Ending(), tmp_path, {})
     with pytest.raises(DataError, match="held-out data is empty"):
-        run = loop._Run(short, Ending(), tmp_path, {})
         run._evaluate()
 
 

@@ -35,7 +35,9 @@ def test_moments_are_f32_for_bf16_parameters():
 
 def test_adamw_equals_its_formula():
     """Three updates against the textbook in f64: clipping, bias correction, decay of matrices only."""
-    config = opt.OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.3, clip_norm=0.5)
+    config = opt.OptimizerConfig(
+        learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.3, clip_norm=0.5
+    )
     optimizer = opt.make_optimizer(config, opt.make_schedule(config, 10), NAMES)
     params = parameters(jnp.float32)
     state = opt.init(optimizer, params)
@@ -57,7 +59,11 @@ def test_adamw_equals_its_formula():
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("cosine", [0.5, 1.0, 1.0, 0.55, 0.1]), ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]), ("wsd", [0.5, 1.0, 1.0, 1.0, 0.1])],
+    [
+        ("cosine", [0.5, 1.0, 1.0, 0.55, 0.1]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("wsd", [0.5, 1.0, 1.0, 1.0, 0.1]),
+    ],
 )
 def test_schedules(schedule, expected):
     """Warm-up of 2 of 12 steps, at steps 0, 1, 2, 7 and 12."""
@@ -67,7 +73,9 @@ def test_schedules(schedule, expected):
 
 
 def test_wsd_falls_linearly_at_the_end():
-    config = opt.OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule="wsd", final_fraction=0.0, decay_fraction=0.2)
+    config = opt.OptimizerConfig(
+        learning_rate=1.0, warmup_steps=0, schedule="wsd", final_fraction=0.0, decay_fraction=0.2
+    )
     values = [float(opt.make_schedule(config, 10)(step)) for step in (7, 8, 9, 10)]
     assert values == pytest.approx([1.0, 1.0, 0.5, 0.0], abs=1e-6)
 

@@ -64,7 +64,9 @@ def test_every_large_weight_is_cut_by_fsdp(real):
 
 def test_a_dimension_that_does_not_divide():
     network = Network(mini.mini_config(vocab_size=66))
-    with pytest.raises(ConfigError, match=r"drafter/embedder/table: dimension vocab of 66 .* 4 devices on axis 'tensor'"):
+    with pytest.raises(
+        ConfigError, match=r"drafter/embedder/table: dimension vocab of 66 .* 4 devices on axis 'tensor'"
+    ):
         parameter_shardings(network.shapes, network.config, make_mesh(MeshConfig(2, 1, 4)))
 
 
