@@ -297,6 +297,8 @@ def _vocabulary(config: ModelConfig, tokenizer, chat_template: str | None) -> di
     entries = [table.get(i, f"<unused_entry_{i}>") for i in range(config.vocab_size)]
     types = [_token_type(name, added, i in table) for i, name in enumerate(entries)]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in stored["model"]["merges"]]
+    if not merges:
+        raise ConfigError("the tokenizer has no merges; GGUF files need at least one")
     keys = {
         "tokenizer.ggml.model": "gemma4",
         "tokenizer.ggml.tokens": entries,
