@@ -223,29 +223,23 @@ def write_tokens(store: Store, new: Store, starts: jax.Array, ring: bool) -> Sto
     In a ring each position goes to its own slot; else they lie side by side. The caller sees to it that they fit.
     """
 
-    def put(buffer, values):
-        if buffer is None:
-            return None
-        rows, _, length, _ = values.shape
-        slots, zero = buffer.shape[2], jnp.int32(0)
+    rows, _, length, _ = new.data.shape
+    slots, zero = store.data.shape[2], jnp.int32(0)
 
-        def put_row(row, buffer):
-            one = jax.lax.dynamic_slice_in_dim(values, row, 1, axis=0)
-            start = jax.lax.dynamic_index_in_dim(starts, row, keepdims=False)
-            if not ring:
-                return jax.lax.dynamic_update_slice(buffer, one, (row, zero, start, zero))
-            for t in range(length):
-                slot = jnp.mod(start + jnp.int32(t), jnp.int32(slots))
-                buffer = jax.lax.dynamic_update_slice(buffer, one[:, :, t : t + 1], (row, zero, slot, zero))
-            return buffer
+    def put(row, buffer, values):
+        one = jax.lax.dynamic_slice_in_dim(values, row, 1, axis=0)
+        start = jax.lax.dynamic_index_in_dim(starts, row, keepdims=False)
+        if not ring:
+            return jax.lax.dynamic_update_slice(buffer, one, (row, zero, start, zero))
+        for t in range(length):
+            slot = jnp.mod(start + jnp.int32(t), jnp.int32(slots))
+            buffer = jax.lax.dynamic_update_slice(buffer, one[:, :, t : t + 1], (row, zero, slot, zero))
+        return buffer
 
-        if rows * length <= 16:
-            for row in range(rows):
-                buffer = put_row(jnp.int32(row), buffer)
-            return buffer
-        return jax.lax.fori_loop(jnp.int32(0), jnp.int32(rows), put_row, buffer)
-
-    return Store(put(store.data, new.data), put(store.scale, new.scale))
+    # A loop even for one row, and with a bound that XLA cannot fold: a bare update would be repeated inside the product
+    # that reads it, and the whole ring copied for that.
+    bound = jnp.where(starts[0] >= 0, jnp.int32(rows), zero)
+    return jax.lax.fori_loop(zero, bound, lambda row, old: jax.tree.map(lambda b, v: put(row, b, v), old, new), store)
 
 
 def write_chunk(store: Store, new: Store, starts: jax.Array, counts: jax.Array, ring: bool) -> Store:
