@@ -51,9 +51,11 @@ class VisionEmbedder(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
         self.patch_ln1 = LayerNorm(vision.patch_dim, eps, dtype=dtype)
         self.patch_dense = Linear(vision.patch_dim, width, bias=True, dtype=dtype, rngs=rngs)
+        # A tile of one colour is zero after the first norm, so the second one sees the bias alone: with a bias of zeros it
+        # would multiply that tile's gradients by eps**-0.5.
+        self.patch_dense.bias[...] = _normal(rngs, (width,), dtype)
         self.patch_ln2 = LayerNorm(width, eps, dtype=dtype)
-        table = 0.02 * jax.random.normal(rngs.params(), (vision.mm_posemb_size, 2, width), jnp.float32)
-        self.pos_embedding = nnx.Param(table.astype(dtype))
+        self.pos_embedding = nnx.Param(_normal(rngs, (vision.mm_posemb_size, 2, width), dtype))
         self.pos_norm = LayerNorm(width, eps, dtype=dtype)
         self.embedding_projection = Linear(width, config.hidden_size, dtype=dtype, rngs=rngs)
 
@@ -72,6 +74,10 @@ class VisionEmbedder(nnx.Module):
         table = self.pos_embedding[...]
         rows = table[jnp.maximum(positions, 0), jnp.arange(2, dtype=jnp.int32)]  # (..., P, 2, E)
         return jnp.sum(jnp.where((positions != PADDING_POSITION)[..., None], rows, 0), axis=-2)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype) -> jax.Array:
+    return (0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
 def embed_media(
