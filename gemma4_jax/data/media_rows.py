@@ -21,7 +21,7 @@ from gemma4_jax.data.examples import Example, chat_fingerprint, conversation
 from gemma4_jax.data.options import DataOptions
 from gemma4_jax.data.packing import RowPlan
 from gemma4_jax.data.sources import Source
-from gemma4_jax.errors import DataError, MediaError, PromptError
+from gemma4_jax.errors import ConfigError, DataError, MediaError, PromptError
 from gemma4_jax.media import MediaOptions, Processor, Row, bucket, token_types
 from gemma4_jax.media.processor import AUDIO_TYPE, TEXT_TYPE, stack_media
 from gemma4_jax.text.chat import MEDIA_KINDS, media_sources
@@ -72,8 +72,10 @@ class MediaChatEncoder:
         for (pieces, supervised), row in zip(parts, encoded, strict=True):
             size += sum(len(piece.encode()) for piece in pieces if not isinstance(piece, Control))
             rows.append(row)
-            is_text = (row.token_types == TEXT_TYPE) & ~np.isin(row.tokens, self._marks())
-            learnt.append(is_text & supervised)
+            if supervised:
+                learnt.append((row.token_types == TEXT_TYPE) & ~np.isin(row.tokens, self._marks()))
+            else:
+                learnt.append(np.zeros(len(row.tokens), bool))
         return Row(*(np.concatenate(column) for column in zip(*rows, strict=True))), np.concatenate(learnt), size
 
     def _encode(self, document: dict[str, Any], place: str) -> Example:
@@ -94,10 +96,16 @@ def make_processor(options: DataOptions, tokenizer: Tokenizer, model: ModelConfi
     """What prepares the media of conversations; None for plain text or a model without media inputs.
 
     Raises:
-      ConfigError: an option outside of its choices.
+      ConfigError: an option outside of its choices, or a soft token that the tokenizer does not have.
     """
     if options.format != "chat" or model is None or not (model.vision or model.audio):
         return None
+    for name in ("image_token_id", "audio_token_id", "video_token_id"):
+        if getattr(model, name) >= tokenizer.vocab_size:
+            raise ConfigError(
+                f"{name} is {getattr(model, name)}, but the tokenizer has {tokenizer.vocab_size} entries; "
+                "take the model's ids from the tokenizer (gemma4_jax.bundle.with_token_ids)"
+            )
     media = MediaOptions(
         image_budget=options.image_budget,
         video_budget=options.video_budget,

@@ -76,7 +76,6 @@ class MediaOptions:
         }
         return cls(**{name: value for name, value in found.items() if value is not None})
 
-
     def to_json(self) -> str:
         """Text of a ``processor_config.json`` that ``from_folder`` reads back; what it has no field for is left out."""
         stored = {
@@ -127,6 +126,11 @@ class Processor:
         self.tokenizer = tokenizer
         self.config = config
         self.options = options or MediaOptions()
+        patch_dim = config.vision.patch_dim if config.vision else 0
+        frame_samples = config.audio.audio_embed_dim if config.audio else 0
+        self._no_media = (
+            np.zeros((0, patch_dim), np.float32), np.zeros((0, 2), np.int32), np.zeros((0, frame_samples), np.float32)
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -245,9 +249,11 @@ class Processor:
     def _row(self, tokens: np.ndarray, tiles: list, sounds: list, clips: list) -> Row:
         config = self.config
         types = token_types(config, tokens)
+        if not types.any() and not (tiles or sounds or clips):
+            return Row(tokens, types, *self._no_media)
         vision = types[(types == IMAGE_TYPE) | (types == VIDEO_TYPE)]
-        patch_dim = config.vision.patch_dim if config.vision else 0
-        patches = np.zeros((len(vision), patch_dim), np.float32)
+        no_patches, _, no_frames = self._no_media
+        patches = np.zeros((len(vision), no_patches.shape[1]), np.float32)
         positions = np.zeros((len(vision), 2), np.int32)
         frames_of_clips = [(frame, clip.positions) for clip in clips for frame in clip.patches]
         for kind, type_id, parts in (("image", IMAGE_TYPE, tiles), ("video", VIDEO_TYPE, frames_of_clips)):
@@ -256,8 +262,7 @@ class Processor:
             if parts:
                 patches[place] = np.concatenate([part[0] for part in parts])
                 positions[place] = np.concatenate([part[1] for part in parts])
-        frame_samples = config.audio.audio_embed_dim if config.audio else 0
-        frames = np.concatenate([np.zeros((0, frame_samples), np.float32), *sounds])
+        frames = np.concatenate([no_frames, *sounds])
         _check_count("audio", int((types == AUDIO_TYPE).sum()), len(frames))
         return Row(tokens, types, patches, positions, frames)
 

@@ -124,6 +124,8 @@ def test_model_without_media_input(folder):
     blind = with_token_ids(get_preset("tiny", vision=None, audio=None), TOKENIZER)
     with pytest.raises(DataError, match="but the model has no input for them"):
         dataset(folder, f"jsonl:{folder}/x.jsonl", config=blind, heldout_source="digits")
+    with pytest.raises(ConfigError, match="image_token_id is 258880, but the tokenizer has 384 entries"):
+        dataset(folder, "digits", config=get_preset("tiny"))
     with pytest.raises(ConfigError, match="image_budget is 71; choices: 70, 140"):
         dataset(folder, "digits", image_budget=71)
 
