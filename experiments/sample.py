@@ -1,0 +1,53 @@
+"""Continue prompts with a run, a checkpoint or a folder of published weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import gemma4_jax as g4
+from experiments.report import samples_markdown
+from gemma4_jax.errors import ConfigError
+from gemma4_jax.train.checkpoints import write_atomically
+
+
+def run(config, workdir: Path) -> dict[str, Any]:
+    """Generate for every prompt of ``config.sample``; writes ``samples.md`` and returns what the decoding took.
+
+    Raises:
+      ConfigError: no prompts, or a folder without a tokenizer.
+    """
+    sample = config.sample
+    if not sample.prompts:
+        raise ConfigError("sample.prompts is empty; give at least one text")
+    bundle = g4.load(sample.checkpoint, drafter=sample.drafter or None, dtype=sample.dtype)
+    if bundle.tokenizer is None:
+        raise ConfigError(f"sample.checkpoint {sample.checkpoint!r} has no tokenizer.json: text prompts need one")
+    adaptive = "auto" if sample.draft_tokens is None else sample.draft_tokens
+    sampler = g4.Sampler(bundle, max_length=sample.max_length, draft_tokens=adaptive)
+    prompts = [bundle.tokenizer.encode(text) for text in sample.prompts]
+    out = sampler.generate(
+        prompts,
+        max_new_tokens=sample.max_new_tokens,
+        temperature=sample.temperature,
+        top_k=sample.top_k,
+        top_p=sample.top_p,
+        seed=sample.seed,
+    )
+    rows = [
+        dataclasses.replace(out, tokens=[tokens], texts=[text], finish_reasons=[reason], drafted=[drafted])
+        for tokens, text, reason, drafted in zip(out.tokens, out.texts, out.finish_reasons, out.drafted, strict=True)
+    ]
+    write_atomically(workdir / "samples.md", samples_markdown(bundle.tokenizer, prompts, rows))
+    stats = out.stats
+    return {
+        "prompts": len(prompts),
+        "new_tokens": sum(map(len, out.tokens)),
+        "finish_reasons": out.finish_reasons,
+        "rounds": stats.rounds,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "prefill_tokens_per_second": stats.prefill_tokens_per_second,
+        "tokens_per_second": stats.tokens_per_second,
+    }
