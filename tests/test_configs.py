@@ -14,6 +14,7 @@ from gemma4_jax.train import defaults, run_config
 
 ROOT = Path(launch.__file__).parent
 TRAINING = ["quickstart.py", "pretrain.py:tiny", "pretrain.py:small", "pretrain.py:12b"]
+GOLDEN = [*TRAINING, "finetune.py:full", "finetune.py:drafter"]
 FILES = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -33,7 +34,7 @@ def test_default_config_names_a_known_experiment(name):
     assert load(name).experiment in experiments.EXPERIMENTS
 
 
-@pytest.mark.parametrize("spec", TRAINING)
+@pytest.mark.parametrize("spec", GOLDEN)
 def test_resolved_config_equals_its_golden(spec):
     """A changed default shows up here; if it was meant, write the file anew as the message says."""
     golden = GOLDENS / f"{spec.replace('.py', '').replace(':', '-')}.json"

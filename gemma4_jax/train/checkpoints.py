@@ -174,7 +174,7 @@ def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> 
             ("dtype", np.dtype(found[name].dtype).name, np.dtype(leaf.dtype).name),
         ):
             if have != want:
-                raise MismatchError(f"{where}: {name} has {what} {have} in the checkpoint but {want} is needed")
+                raise MismatchError(f"{where}: {name} has {what} {have} there but {want} is needed")
 
 
 class MismatchError(CheckpointError):

@@ -58,19 +58,38 @@ def override_model(config: ConfigDict, **fields: Any) -> None:
 
 def model_config(config: ConfigDict) -> ModelConfig:
     """The model of a run. Raises ConfigError for an unknown preset or field, or a contradiction with ``data``."""
-    overrides = trees.flatten(config.model_overrides.to_dict()) if config.model_overrides else {}
-    model = get_preset(config.model, **{name.replace(trees.SEPARATOR, "."): v for name, v in overrides.items()})
+    model = get_preset(config.model, **_overrides(config))
     data = DataOptions.of(config.data)
     if not data.tokenizer and data.vocab_size != model.vocab_size:
         raise ConfigError(
             f"data.vocab_size {data.vocab_size} differs from the model's vocab_size {model.vocab_size}; "
             f"set config.model_overrides.vocab_size={data.vocab_size}"
         )
+    _check_length(data, model)
+    return model
+
+
+def override(model: ModelConfig, config: ConfigDict) -> ModelConfig:
+    """A loaded model's configuration with the run's ``model_overrides``. Raises ConfigError as ``model_config``."""
+    values = model.to_dict()
+    for name, value in _overrides(config).items():
+        part, _, field = name.partition(".")
+        values[part] = {**(values[part] or {}), field: value} if field else value
+    model = ModelConfig.from_dict(values)
+    _check_length(DataOptions.of(config.data), model)
+    return model
+
+
+def _overrides(config: ConfigDict) -> dict[str, Any]:
+    flat = trees.flatten(config.model_overrides.to_dict()) if config.model_overrides else {}
+    return {name.replace(trees.SEPARATOR, "."): value for name, value in flat.items()}
+
+
+def _check_length(data: DataOptions, model: ModelConfig) -> None:
     if data.seq_len > model.max_position_embeddings:
         raise ConfigError(
             f"data.seq_len {data.seq_len} is more than the model's max_position_embeddings {model.max_position_embeddings}"
         )
-    return model
 
 
 def make_trainer(config: ConfigDict, model: ModelConfig, **kwargs: Any) -> Trainer:

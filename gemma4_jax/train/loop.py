@@ -67,39 +67,47 @@ class TrainResult:
     totals: Totals
 
 
-def train(trainer: Trainer, data: Data, workdir: Path, *, files: Mapping[str, str]) -> TrainResult:
-    """Train from the newest checkpoint in ``workdir``, or from scratch, to the configured number of steps.
+def train(
+    trainer: Trainer,
+    data: Data,
+    workdir: Path,
+    *,
+    files: Mapping[str, str],
+    given: Mapping[str, jax.Array] | None = None,
+) -> TrainResult:
+    """Train from the newest checkpoint in ``workdir``, or from the beginning, to the configured number of steps.
 
     Args:
       trainer: what to run.
       data: batches.
       workdir: gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``plots/``.
       files: plain files that go into every checkpoint (model configuration, tokenizer), by name.
+      given: weights to begin with, see ``Trainer.init``; a checkpoint in ``workdir`` goes before them.
 
     Raises:
       Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
       DataError: the data ended.
       CheckpointError: the checkpoints there hold another model, or cannot be written.
     """
-    return _Run(trainer, data, workdir, files).to_the_end()
+    return _Run(trainer, data, workdir, files, given).to_the_end()
 
 
 class _Run:
-    def __init__(self, trainer: Trainer, data: Data, workdir: Path, files: Mapping[str, str]):
+    def __init__(self, trainer: Trainer, data: Data, workdir: Path, files: Mapping[str, str], given=None):
         self.trainer, self.data, self.workdir, self.files = trainer, data, workdir, files
         self.options = trainer.options
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.options.keep)
         self.iterator = data.train_iterator()
-        self.state, self.step, self.totals = self._start()
+        self.state, self.step, self.totals = self._start(given)
         self.saved_step = self.step
         self.evaluation: dict[str, float] = {}
         self.window: list[dict[str, float]] = []
 
-    def _start(self) -> tuple[TrainState, int, Totals]:
+    def _start(self, given) -> tuple[TrainState, int, Totals]:
         self.checkpoints.clean()
         restored = self.checkpoints.restore_newest({**to_items(self.trainer.abstract), "data": self.iterator})
         if restored is None:
-            return self.trainer.init(), 0, Totals()
+            return self.trainer.init(given), 0, Totals()
         items, metadata = restored
         log.info("going on from step %d", metadata["step"])
         return from_items(items, self.trainer.abstract), metadata["step"], Totals(**metadata["totals"])

@@ -127,12 +127,19 @@ def create_state(
     names: set[str],
     optimizer: optax.GradientTransformation,
     seed: int,
+    given: Mapping[str, jax.Array],
 ) -> TrainState:
-    """A fresh state; a function of the seed alone, whatever the mesh. For jit or eval_shape."""
+    """A state at step 0; a function of the arguments alone, whatever the mesh. For jit or eval_shape.
+
+    Args:
+      names: weights to train.
+      seed: of the weights that are not given, and of the run's random key.
+      given: weights to start from, by name; the others are drawn.
+    """
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    weights = network.init(init_key)
-    params = {name: weights[name] for name in weights if name in names}
-    frozen = {name: weights[name] for name in weights if name not in names}
+    weights = {**network.init(init_key), **given}
+    params = {name: weights[name] for name in network.shapes if name in names}
+    frozen = {name: weights[name] for name in network.shapes if name not in names}
     return TrainState(
         params=params,
         frozen=frozen,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from gemma4_jax.train import optimizer as optimizers
 from gemma4_jax.train import sharding
 from gemma4_jax.train import state as states
 from gemma4_jax.train import step as steps
+from gemma4_jax.train.checkpoints import compare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +94,33 @@ class Trainer:
         schedule = optimizers.make_schedule(optimizer, options.steps)
         self.optimizer = optimizers.make_optimizer(optimizer, schedule, sorted(self.names))
         create = functools.partial(states.create_state, self.network, self.names, self.optimizer, seed)
-        shapes = jax.eval_shape(create)
+        shapes = jax.eval_shape(create, {})
         self.shardings = states.state_shardings(shapes, model, self.mesh)
         self.abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, self.shardings
         )
         # Drawing runs once and takes no time; compiling it well would take longer than all of it.
         quick = {"xla_backend_optimization_level": 0}
-        self._create = jax.jit(create, out_shardings=self.shardings, compiler_options=quick)
+        self._create = jax.jit(create, out_shardings=self.shardings, compiler_options=quick, donate_argnums=0)
         self.train_step = steps.make_train_step(
             self.network, self.loss, self.optimizer, schedule,
             accumulation=options.accumulation, mesh=self.mesh, shardings=self.shardings,
         )  # fmt: skip
         self.eval_step = steps.make_eval_step(self.network, self.loss, mesh=self.mesh, shardings=self.shardings)
 
-    def init(self) -> states.TrainState:
-        """A fresh state, each leaf created where it lives."""
-        return self._create()
+    def init(self, given: Mapping[str, jax.Array] | None = None) -> states.TrainState:
+        """A state at step 0, each leaf created where it lives.
+
+        Args:
+          given: weights to start from, by name (moved, not copied: they cannot be used afterwards); others are drawn.
+
+        Raises:
+          CheckpointError: a given weight that the model does not have, or of another shape or dtype.
+        """
+        given = dict(given or {})
+        compare(given, {name: leaf for name, leaf in self.network.shapes.items() if name in given}, "the base model")
+        places = {**self.shardings.params, **self.shardings.frozen}
+        return self._create({name: jax.device_put(leaf, places[name]) for name, leaf in given.items()})
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch on the mesh."""

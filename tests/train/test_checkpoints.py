@@ -62,7 +62,7 @@ def changed(path, leaf):
 @pytest.mark.parametrize(
     ("path", "leaf", "message"),
     [
-        ("count", jax.ShapeDtypeStruct((), jnp.float32), "count has dtype int32 in the checkpoint but float32"),
+        ("count", jax.ShapeDtypeStruct((), jnp.float32), "count has dtype int32 there but float32"),
         ("model/table", jax.ShapeDtypeStruct((8, 6), jnp.bfloat16), "model/table has dtype float32 .* bfloat16"),
         ("model/table", jax.ShapeDtypeStruct((9, 6), jnp.float32), r"model/table has shape \(8, 6\) .* \(9, 6\)"),
         ("model/table", None, "has unexpected model/table"),

@@ -1,0 +1,38 @@
+"""Go on training a loaded model: data, trainer, the same loop, final numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gemma4_jax as g4
+from experiments.pretrain import training_results
+from gemma4_jax.bundle import bundle_weights
+from gemma4_jax.errors import ConfigError
+from gemma4_jax.train import checkpoints, defaults
+from gemma4_jax.train.feed import Feed
+from gemma4_jax.train.loop import train
+
+
+def run(config, workdir: Path) -> dict[str, Any]:
+    """Train from ``config.base``; returns the flat final numbers.
+
+    Raises:
+      ConfigError: a base without a tokenizer, or sections that contradict it.
+    """
+    base = config.base
+    bundle = g4.load(base.checkpoint, drafter=base.drafter or None, dtype=base.dtype)
+    if bundle.tokenizer is None and not config.data.tokenizer:
+        raise ConfigError(f"base.checkpoint {base.checkpoint!r} has no tokenizer.json; set config.data.tokenizer")
+    model = defaults.override(bundle.config, config)
+    feed = Feed({**config.data, "tokenizer": config.data.tokenizer or _tokenizer_of(base)}, workdir, model)
+    trainer = defaults.make_trainer(config, model, has_media=feed.processor is not None)
+    weights = bundle_weights(bundle)
+    del bundle  # its arrays are moved into the training state
+    result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)), given=weights)
+    return training_results(trainer, config, result)
+
+
+def _tokenizer_of(base) -> str:
+    folder = Path(base.checkpoint)
+    return str(folder if (folder / "tokenizer.json").is_file() else checkpoints.newest(folder))
