@@ -1,6 +1,6 @@
 """Speed beside installed peers, in turns within one run.
 
-    python launch.py --config configs/benchmark.py:train
+    python launch.py --config configs/benchmark.py:train   (or decode, prefill, speculative)
 
 Needs the ``[test]`` extra for transformers and torch. Hardware: 2 CPU cores, 8 GB, a few minutes. Expected: ``results.json`` and
 ``table.md`` with tokens per second, peak memory and the ratio of both sides.
@@ -22,7 +22,28 @@ def train():
     return _config("train", model="bench", batch_size=4, seq_len=256, rounds=5, remat="dots", token_chunk=256)
 
 
-MODES = {"train": train}
+def _sampling(mode, **options):
+    common = {"model": "bench", "dtypes": ("float32", "bfloat16"), "peers": ("transformers", "llama_cpp")}
+    sizes = {"rounds": 5, "new_tokens": 32, "prompt_tokens": 512, "draft_tokens": 4, "acceptance": 0.7}
+    return _config(mode, **{**common, **sizes, **options})
+
+
+def decode():
+    """New tokens a second: one row and eight, early and late in a text, at 140 M parameters in f32 and bf16."""
+    return _sampling("decode")
+
+
+def prefill():
+    """Prompt tokens a second at 512 tokens."""
+    return _sampling("prefill")
+
+
+def speculative():
+    """Speculative against plain decoding, drafts accepted at a scripted rate, the real drafter's cost included."""
+    return _sampling("speculative", new_tokens=96)
+
+
+MODES = {"train": train, "decode": decode, "prefill": prefill, "speculative": speculative}
 
 
 def get_config(arg="train"):

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_jax.config import unknown_name
+from gemma4_jax.train.plots import bars
 
-MODES = {"train": "experiments.benchmarks.train"}
+MODES = {
+    "train": "experiments.benchmarks.train",
+    "decode": "experiments.benchmarks.sampling",
+    "prefill": "experiments.benchmarks.sampling",
+    "speculative": "experiments.benchmarks.sampling",
+}
 
 
 def run(config, workdir: Path) -> dict[str, Any]:
-    """Measure one mode; returns flat numbers and writes ``table.md``.
+    """Measure one mode; returns flat numbers and writes ``table.md`` and a plot.
 
     Raises:
       ConfigError: ``config.benchmark.mode`` is none of ``MODES``.
@@ -21,8 +27,10 @@ def run(config, workdir: Path) -> dict[str, Any]:
     if mode not in MODES:
         raise unknown_name("config.benchmark.mode", mode, MODES)
     module = importlib.import_module(MODES[mode])
-    results = module.measure(config.options.to_dict(), config.benchmark.threads)
+    results = module.measure({**config.options.to_dict(), "mode": mode}, config.benchmark.threads)
     (workdir / "table.md").write_text(table(results))
+    rates = {name: value for name, value in results.items() if name.endswith("tokens_per_second")}
+    bars(workdir / "plots" / f"{mode}.png", list(rates), list(rates.values()), "tokens per second")
     return results
 
 

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 Measurement = dict[str, float]
@@ -27,6 +28,8 @@ class Worker:
 
     def __init__(self, module: str, side: str, options: dict[str, Any], threads: int):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = path  # the command may be run from any folder
         self.side = side
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, side, json.dumps(options)],

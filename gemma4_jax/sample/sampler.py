@@ -231,13 +231,16 @@ class Sampler:
         return decode.Request(controls, stops, self._bias, jnp.asarray(limits, jnp.int32)), mode
 
     def _begin(self, rows, prepared, wanted: decode.Request, mode: Mode) -> decode.State:
-        prefix = self.prefill(rows, prepared)
         seen = None
         if mode.penalized:
             marks = np.zeros((len(rows), self.config.vocab_size), bool)
             for i, row in enumerate(rows):
                 marks[i, row[row < self.config.vocab_size]] = True
             seen = jnp.asarray(marks)
+        return self.begin(self.prefill(rows, prepared), wanted, mode, seen)
+
+    def begin(self, prefix: prefill.Prefix, wanted: decode.Request, mode: Mode, seen=None) -> decode.State:
+        """See ``gemma4_jax.sample.decode.begin``."""
         return programs.begin(*self._target, prefix, wanted, seen, mode=mode)
 
     def prefill(self, rows: Sequence[np.ndarray], prepared=None, chunks: Sequence[prefill.Chunk] | None = None):
@@ -286,22 +289,20 @@ class Sampler:
         """Decoder inputs of whole rows, computed once: (B, T, D)."""
         return self._model.embed(jnp.asarray(prepared.tokens), prepared.media)
 
+    def run_rounds(self, state: decode.State, wanted: decode.Request, mode: Mode, steps: int, rounds: int):
+        """Up to ``rounds`` rounds that draft ``steps`` tokens each: the new state, and the ``Emission`` on the host."""
+        count = jnp.asarray(rounds, jnp.int32)
+        state, out = programs.rounds(
+            *self._target, *self._drafter, state, wanted, count, steps=steps, mode=mode, buffer=BUFFER
+        )
+        return state, jax.device_get(out)
+
     def _rounds(self, state: decode.State, wanted: decode.Request, mode: Mode, run: _Run) -> decode.State:
         steps, rounds = self.policy.next()
         if run.on_token is not None:
             rounds = min(rounds, STREAM_ROUNDS)
         traces, started = programs.trace_count(), time.perf_counter()
-        state, out = programs.rounds(
-            *self._target,
-            *self._drafter,
-            state,
-            wanted,
-            jnp.asarray(rounds, jnp.int32),
-            steps=steps,
-            mode=mode,
-            buffer=BUFFER,
-        )
-        out = jax.device_get(out)
+        state, out = self.run_rounds(state, wanted, mode, steps, rounds)
         seconds = time.perf_counter() - started
         compiled = programs.trace_count() > traces
         run.count(steps, out, None if compiled else seconds)

@@ -1,0 +1,349 @@
+"""Generation of this project, transformers and llama.cpp on one shape with random weights, in turns.
+
+Modes: ``decode`` (one row and eight, early and late in a text), ``prefill``, and ``speculative`` (drafts accepted at a scripted
+rate, the real drafter's cost included). The share of memory bandwidth counts the weights that a token reads once, beside
+a plain matrix-vector product measured in the same turns; the share of the matrix peak counts two operations a weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.workers import Worker, alternate, serve
+from gemma4_jax.config import ModelConfig, get_preset
+
+MODULE = "experiments.benchmarks.sampling"
+BYTES = {"float32": 4, "bfloat16": 2}
+EARLY, LATE, ROWS = 100, 4000, 8
+
+
+def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Flat results of all sides.
+
+    Args:
+      options: ``mode`` (of the three), ``model`` (preset), ``dtypes``, ``peers`` (of transformers, llama_cpp), ``rounds``
+        (turns), ``new_tokens``, ``prompt_tokens``, ``draft_tokens``, ``acceptance``.
+      threads: of the peers.
+    """
+    sides = [("machine", "float32")]
+    for dtype in options["dtypes"]:
+        sides += [("ours", dtype)] + [(peer, dtype) for peer in options["peers"] if options["mode"] != "speculative"]
+    with tempfile.TemporaryDirectory() as folder:
+        if any(side == "llama_cpp" for side, _ in sides):
+            _write_gguf(options, Path(folder))
+        workers = [
+            Worker(MODULE, f"{side}_{dtype}", {**options, "side": side, "dtype": dtype, "folder": folder}, threads)
+            for side, dtype in sides
+        ]
+        try:
+            taken = alternate(workers, options["rounds"])
+        finally:
+            for worker in workers:
+                worker.__exit__()
+    return _results(options, taken)
+
+
+def _results(options: dict[str, Any], taken: dict[str, dict[str, float]]) -> dict[str, Any]:
+    config = model_config(options)
+    machine = taken.pop("machine_float32")
+    results: dict[str, Any] = {"parameters": config.num_parameters(), **{f"machine_{k}": v for k, v in machine.items()}}
+    for side, numbers in taken.items():
+        results |= {f"{side}_{name}": value for name, value in numbers.items()}
+    for dtype in options["dtypes"]:
+        ours = taken[f"ours_{dtype}"]
+        peers = {peer: taken[f"{peer}_{dtype}"] for peer in options["peers"] if f"{peer}_{dtype}" in taken}
+        for name in ("decode_tokens_per_second", "prefill_tokens_per_second"):
+            for peer, numbers in peers.items():
+                if name in ours and name in numbers:
+                    results[f"{name.split('_')[0]}_ratio_to_{peer}_{dtype}"] = ours[name] / numbers[name]
+        if "decode_tokens_per_second" in ours:
+            read = config.num_parameters() * BYTES[dtype] * ours["decode_tokens_per_second"]
+            results[f"share_of_bandwidth_{dtype}"] = read / machine["bytes_per_second"]
+        if "prefill_tokens_per_second" in ours:
+            # Only the last row meets the output table.
+            weights = config.num_parameters() - config.vocab_size * config.hidden_size
+            done = 2 * weights * ours["prefill_tokens_per_second"]
+            results[f"share_of_matrix_peak_{dtype}"] = done / machine["operations_per_second"]
+    return results
+
+
+def model_config(options: dict[str, Any], dtype: str = "float32") -> ModelConfig:
+    """The measured shape."""
+    return get_preset(options["model"], vision=None, audio=None, dtype=dtype, param_dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------ sides
+
+
+def _prepare(options: dict[str, Any]):
+    makers = {"machine": _machine, "transformers": _transformers, "llama_cpp": _llama_cpp}
+    ours = {"decode": _ours_decode, "prefill": _ours_prefill, "speculative": _ours_speculative}
+    return (ours[options["mode"]] if options["side"] == "ours" else makers[options["side"]])(options)
+
+
+def _machine(options):
+    """What the machine can do at most: bytes a second of a matrix-vector product, operations a second of a matrix product."""
+    import jax
+    import jax.numpy as jnp
+
+    weights = [jnp.ones((8192, 2048), jnp.float32) * i for i in range(4)]
+    square = jnp.ones((2048, 2048), jnp.float32)
+    read = jax.jit(lambda x, weights: sum(jnp.einsum("i,oi->o", x, w) for w in weights))
+    multiply = jax.jit(lambda a: a @ a)
+    x = weights[0][0]
+
+    def once():
+        def rate(amount, function, *args, times=5):
+            seconds = [_seconds(lambda: jax.block_until_ready(function(*args))) for _ in range(times)]
+            return amount / statistics.median(seconds)
+
+        return {
+            "bytes_per_second": rate(sum(w.nbytes for w in weights), read, x, weights),
+            "operations_per_second": rate(2 * 2048**3, multiply, square),
+        }
+
+    once()
+    return once
+
+
+def _seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _bundle(options):
+    import gemma4_jax as g4
+
+    return g4.init(model_config(options, options["dtype"]), seed=0)
+
+
+def _sampler(bundle, **options):
+    import gemma4_jax as g4
+
+    return g4.Sampler(bundle, **options)
+
+
+def _state(sampler, rows: int, length: int):
+    """A generation with ``length`` positions in its caches, without the time to fill them: cost depends on lengths alone."""
+    import jax.numpy as jnp
+
+    from gemma4_jax.model.cache import init_cache
+    from gemma4_jax.sample.prefill import Prefix
+
+    config = sampler.config
+    wanted, mode = sampler._request([[0]] * rows, 1 << 20, (0.0, 0, 1.0, 0.0, 1.0), 0, [])
+    caches = init_cache(config, rows, sampler.max_length, sampler.policy.longest, sampler.cache_dtype)
+    hidden = jnp.ones((rows, config.hidden_size), jnp.dtype(config.dtype))
+    return sampler.begin(Prefix(caches, jnp.full((rows,), length, jnp.int32), hidden), wanted, mode), wanted, mode
+
+
+def _round_seconds(sampler, rows: int, length: int, rounds: int, steps: int = 0):
+    """A function that measures seconds of one round (all rows), averaged over ``rounds``."""
+
+    def once() -> float:
+        state, wanted, mode = _state(sampler, rows, length)
+        state, _ = sampler.run_rounds(state, wanted, mode, steps, 1)
+        start = time.perf_counter()
+        state, out = sampler.run_rounds(state, wanted, mode, steps, rounds)
+        return (time.perf_counter() - start) / int(out.rounds.max())
+
+    once()
+    return once
+
+
+def _ours_decode(options):
+    bundle = _bundle(options)
+    sampler = _sampler(bundle, max_length=LATE + 256, draft_tokens=0)
+    count = options["new_tokens"]
+    early, late = (_round_seconds(sampler, 1, length, count) for length in (EARLY, LATE))
+    many = _round_seconds(sampler, ROWS, EARLY, count)
+
+    def once():
+        one, last, all_rows = early(), late(), many()
+        return {
+            "decode_tokens_per_second": 1 / one,
+            f"decode_tokens_per_second_{ROWS}_rows": ROWS / all_rows,
+            f"gain_of_{ROWS}_rows": ROWS * one / all_rows,
+            f"time_of_token_{LATE}_to_{EARLY}": last / one,
+        }
+
+    return once
+
+
+def _ours_prefill(options):
+    bundle = _bundle(options)
+    count = options["prompt_tokens"]
+    sampler = _sampler(bundle, max_length=count + 16, draft_tokens=0)
+    prompt = np.random.default_rng(0).integers(5, bundle.config.vocab_size, count).astype(np.int32)
+
+    def once():
+        return {
+            "prefill_tokens_per_second": count / _seconds(lambda: sampler.prefill([prompt]).hidden.block_until_ready())
+        }
+
+    once()
+    return once
+
+
+def _ours_speculative(options):
+    """Plain and speculative rounds with drafts accepted at ``acceptance`` each, and what verification and drafting cost."""
+    import jax.numpy as jnp
+
+    bundle = _bundle(options)
+    steps, count = options["draft_tokens"], options["new_tokens"]
+    sampler = _sampler(bundle, max_length=1024, draft_tokens=steps)
+    plain = _sampler(bundle, max_length=1024, draft_tokens=0)
+    prompt = np.random.default_rng(0).integers(5, bundle.config.vocab_size, EARLY).tolist()
+    answer = plain.generate([prompt], max_new_tokens=count, stop_ids=[]).tokens[0]
+    length = EARLY + count + 2 * steps + 2
+    right = np.zeros((1, length), np.int32)
+    right[0, : EARLY + count] = [*prompt, *answer]
+    wrong = np.random.default_rng(1).random((1, length)) >= options["acceptance"]
+    weights = {"right": jnp.asarray(right), "wrong": jnp.asarray(wrong)}
+    graph, drafter_weights = sampler._drafter
+    free, paid = _scripted(None), _scripted(graph)
+
+    def rate(sampler, propose=None):
+        if propose is not None:
+            sampler.replace_drafter(propose, (weights, drafter_weights))
+        out = sampler.generate([prompt], max_new_tokens=count, stop_ids=[])
+        return out.stats
+
+    def once():
+        own, cheap, base = rate(sampler, paid), rate(sampler, free), rate(plain)
+        seconds = [s.decode_seconds / s.rounds for s in (own, cheap, base)]
+        return {
+            "plain_tokens_per_second": base.tokens_per_second,
+            "speculative_tokens_per_second": own.tokens_per_second,
+            "speedup": own.tokens_per_second / base.tokens_per_second,
+            "accepted_share": own.accepted / own.drafted,
+            "tokens_per_round": own.mean_accepted,
+            "round_seconds": seconds[0],
+            "verification_seconds": seconds[1],
+            "draft_seconds": seconds[0] - seconds[1],
+            "plain_round_seconds": seconds[2],
+        }
+
+    for _ in range(2):
+        once()
+    return once
+
+
+def _scripted(graph):
+    """A drafter with known answers; with ``graph`` the real one runs beside it and its tokens are thrown away."""
+
+    def propose(weights, target, state, request, mode, steps, noise):
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+
+        from gemma4_jax.sample.decode import draft
+
+        answers, drafter_weights = weights
+        last = answers["right"].shape[1] - 1
+        position = jnp.minimum(state.lengths[:, None] + 1 + jnp.arange(steps, dtype=jnp.int32)[None], last)
+        right = jnp.take_along_axis(answers["right"], position, axis=1)
+        wrong = jnp.take_along_axis(answers["wrong"], position, axis=1)
+        tokens = jnp.where(wrong, (right + 1) % target.config.vocab_size, right)
+        if graph is None:
+            return tokens
+        own = draft(target, nnx.merge(graph, drafter_weights), state, request, mode, steps, noise)
+        return jax.lax.optimization_barrier((tokens, own))[0]
+
+    return propose
+
+
+def _transformers(options):
+    import torch
+    from transformers import Gemma4UnifiedTextConfig
+    from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedForCausalLM
+
+    torch.manual_seed(0)
+    c = model_config(options)
+    model = Gemma4UnifiedForCausalLM(
+        Gemma4UnifiedTextConfig(
+            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, global_head_dim=c.global_head_dim,
+            num_global_key_value_heads=c.num_global_key_value_heads, sliding_window=c.sliding_window,
+            attention_k_eq_v=c.attention_k_eq_v, final_logit_softcapping=c.final_logit_softcapping, pad_token_id=0,
+        )
+    )  # fmt: skip
+    model = model.to(getattr(torch, options["dtype"])).eval()
+    length = options["prompt_tokens"] if options["mode"] == "prefill" else EARLY
+    prompt = torch.randint(5, c.vocab_size, (1, length))
+    count = options["new_tokens"]
+
+    @torch.inference_mode()
+    def once():
+        start = time.perf_counter()
+        out = model(prompt, use_cache=True, logits_to_keep=1)
+        prefilled = time.perf_counter() - start
+        if options["mode"] == "prefill":
+            return {"prefill_tokens_per_second": length / prefilled}
+        token, start = out.logits[:, -1:].argmax(-1), time.perf_counter()
+        for _ in range(count):
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        return {"decode_tokens_per_second": count / (time.perf_counter() - start)}
+
+    once()
+    return once
+
+
+def _write_gguf(options, folder: Path) -> None:
+    import gemma4_jax as g4
+    from gemma4_jax.text.tokenizer import train_tokenizer
+
+    bundle = g4.init(model_config(options), seed=0)
+    # A tokenizer with merges, which the format needs; prompts are ids.
+    bundle = dataclasses.replace(bundle, tokenizer=train_tokenizer([__doc__], bundle.config.vocab_size))
+    for dtype in options["dtypes"]:
+        g4.save(bundle, folder / dtype, format="gguf", dtype=dtype)
+
+
+def _llama_cpp(options):
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(next((Path(options["folder"]) / options["dtype"]).glob("model-*.gguf")))
+    params.n_ctx, params.n_parallel = max(1024, options["prompt_tokens"] + 64), 1
+    params.cpuparams.n_threads = int(os.environ["OMP_NUM_THREADS"])
+    params.fit_params = params.warmup = False
+    server = xllamacpp.Server(params)
+    prefill = options["mode"] == "prefill"
+    rng = np.random.default_rng(0)
+    size = model_config(options).vocab_size
+    body = {"n_predict": 1 if prefill else options["new_tokens"], "temperature": 0, "ignore_eos": True}
+
+    def once():
+        prompt = rng.integers(5, size, options["prompt_tokens"] if prefill else EARLY).tolist()
+        data = json.dumps({**body, "prompt": prompt, "cache_prompt": False}).encode()
+        request = urllib.request.Request(
+            f"{server.listening_address}/completion", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            timings = json.loads(answer.read())["timings"]
+        if prefill:
+            return {"prefill_tokens_per_second": timings["prompt_per_second"]}
+        return {"decode_tokens_per_second": timings["predicted_per_second"]}
+
+    once()
+    return once
+
+
+if __name__ == "__main__":
+    _options = json.loads(sys.argv[2])
+    serve(lambda: _prepare(_options))
