@@ -1,4 +1,4 @@
-"""Continue prompts with a run, a checkpoint or a folder of published weights."""
+"""Continue prompts, or chat, with a run, a checkpoint or a folder of published weights."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from typing import Any
 import gemma4_jax as g4
 from experiments.report import samples_markdown
 from gemma4_jax.errors import ConfigError
+from gemma4_jax.sample.terminal import TerminalChat, open_chat
 from gemma4_jax.train.checkpoints import write_atomically
 
 
 def run(config, workdir: Path) -> dict[str, Any]:
     """Generate for every prompt of ``config.sample``; writes ``samples.md`` and returns what the decoding took.
 
+    A config with a section ``chat`` (configs/chat.py) opens a chat in the terminal instead.
+
     Raises:
       ConfigError: no prompts, or a folder without a tokenizer.
     """
+    if "chat" in config:
+        TerminalChat(open_chat(config.chat)).run()
+        return {}
     sample = config.sample
     if not sample.prompts:
         raise ConfigError("sample.prompts is empty; give at least one text")
