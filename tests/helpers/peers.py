@@ -124,10 +124,10 @@ def logits(model, tokens, **inputs):
         return model(input_ids=torch.tensor(tokens), use_cache=False, **inputs).logits.numpy()
 
 
-def greedy(model, tokens, count):
+def greedy(model, tokens, count, **options):
     """``count`` greedy tokens after one row of ids, never stopping."""
     row = torch.tensor([tokens])
-    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
     with torch.no_grad():
         out = model.generate(row, attention_mask=torch.ones_like(row), **options)
     return out[0, len(tokens) :].tolist()
