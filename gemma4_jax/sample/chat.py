@@ -135,10 +135,18 @@ class Chat:
         prompt = self.prompt(messages)
         parser = ReplyParser(self._sampler.tokenizer)
 
-        def stream(_row: int, index: int, _text: str):
-            for fragment in parser.push(index):
-                if on_text is not None:
+        def show(fragments: list[Fragment]):
+            if on_text is not None:
+                for fragment in fragments:
                     on_text(fragment)
+
+        # One token behind: a sampler ends a row that stops inside of a character with one more call for its last id.
+        newest: list[int] = []
+
+        def stream(_row: int, index: int, _text: str):
+            if newest:
+                show(parser.push(newest.pop()))
+            newest.append(index)
 
         out = self._sampler.generate(
             [prompt.pieces],
@@ -148,9 +156,9 @@ class Chat:
             on_token=stream,
             **{**self._settings, "seed": self._seed, **settings},
         )
-        for fragment in parser.finish():
-            if on_text is not None:
-                on_text(fragment)
+        for index in out.tokens[0][parser.count :]:
+            show(parser.push(index))
+        show(parser.finish())
         self._seed += 1
         parsed = parser.reply(out.finish_reasons[0])
         reply = ChatReply(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed)}, stats=out.stats)

@@ -60,6 +60,11 @@ class ReplyParser:
         self._thought = False
         self._tokens: list[int] = []
 
+    @property
+    def count(self) -> int:
+        """How many ids it was given."""
+        return len(self._tokens)
+
     def push(self, index: int) -> list[Fragment]:
         """The text that has become certain with this id: none inside of calls, marks and half characters."""
         index = int(index)

@@ -20,6 +20,7 @@ from gemma4_jax.train.run_config import load_config
 
 TOKENIZER = train_tokenizer(["Hello there, what is it? thought user model system call: 1 2 3"] * 3, 400)
 ROOT = pathlib.Path(__file__).parents[2]
+BYTES = {TOKENIZER.token_id(f"<0x{byte:02X}>") for byte in range(256)}
 STATS = types.SimpleNamespace(tokens_per_second=12.34, drafted=8, accepted=6)
 
 
@@ -46,6 +47,8 @@ class Scripted:
         tokens = self.outputs.pop(0)
         for index in tokens:
             on_token(0, index, "")
+        if tokens[-1] in BYTES:  # the rest of a character that was never completed
+            on_token(0, tokens[-1], "\ufffd")
         return types.SimpleNamespace(tokens=[tokens], finish_reasons=[self.reason], stats=STATS)
 
     def asked(self, call=-1):
@@ -84,6 +87,14 @@ def test_thoughts_are_shown_once_and_not_sent_back():
     assert "let me see" not in sampler.asked()
     marks = [piece for piece in sampler.calls[-1][0][0] if isinstance(piece, Control)]
     assert "<|channel>" not in marks
+
+
+def test_half_a_character_at_the_end_is_one_token():
+    cut = ids("hm 😀")[:-1]
+    streamed = []
+    reply = g4.Chat(Scripted(cut, reason="length")).send("what?", on_text=lambda f: streamed.append(f.text))
+    assert reply.tokens == tuple(cut)
+    assert "".join(streamed) == reply.text == "hm \ufffd"
 
 
 def test_thought_cut_off_by_the_limit():
