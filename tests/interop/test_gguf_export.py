@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 import peers
 import pytest
+import soundfile
+from PIL import Image
 from safetensors.numpy import load_file
 
 import gemma4_jax as g4
@@ -23,7 +25,10 @@ LAST = "model.language_model.layers.5."
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
-    models = {"target": peers.target(vocab_size=VOCAB), "drafter": peers.drafter(vocab_size=VOCAB, intermediate_size=64)}
+    models = {
+        "target": peers.target(vocab_size=VOCAB),
+        "drafter": peers.drafter(vocab_size=VOCAB, intermediate_size=64),
+    }
     for name, model in models.items():
         model.save_pretrained(folder / name)
     train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 3, VOCAB).save(folder / "target")
@@ -118,35 +123,76 @@ def test_media_projections(source, bundle, tmp_path):
     assert keys["clip.vision.patch_size"] == 2
 
 
+def ask(folder, prompts, **job):
+    """What llama.cpp answers: one dict a prompt."""
+    job = {"model": str(folder / "model-f32.gguf"), "prompts": prompts, **job}
+    client = Path(__file__).with_name("gguf_client.py")
+    run = subprocess.run([sys.executable, client, json.dumps(job)], capture_output=True, text=True, timeout=120)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("ANSWERS ")]
+    assert lines, run.stderr[-2000:]
+    return json.loads(lines[0].removeprefix("ANSWERS "))
+
+
+def banned(bundle):
+    """The client's ignore_eos bans every end-of-generation id."""
+    return [bundle.tokenizer.token_id(name) for name in ("<eos>", "<turn|>", "<|tool_response>")]
+
+
 def test_llama_cpp_writes_the_same_tokens(source, bundle, tmp_path):
     """F32, greedy, 40 tokens after prompts below and past the window, with and without the drafter."""
     g4.save(bundle, tmp_path / "out", format="gguf")
     rng = np.random.default_rng(0)
     prompts = [[2, *rng.integers(290, VOCAB, n).tolist()] for n in (4, 13, 40)]
-    expected = [_greedy(source[1], bundle, prompt) for prompt in prompts]
-    for drafter in (None, str(tmp_path / "out" / "drafter-f32.gguf")):
-        job = {
-            "model": str(tmp_path / "out" / "model-f32.gguf"), "drafter": drafter, "draft_tokens": 3,
-            "prompts": prompts, "count": 40, "context": 128,
-        }  # fmt: skip
-        client = Path(__file__).with_name("gguf_client.py")
-        run = subprocess.run([sys.executable, client, json.dumps(job)], capture_output=True, text=True, timeout=240)
-        lines = [line for line in run.stdout.splitlines() if line.startswith("ANSWERS ")]
-        assert lines, run.stderr[-2000:]
-        answers = json.loads(lines[0].removeprefix("ANSWERS "))
-        assert [answer["tokens"] for answer in answers] == expected
-        if drafter:
-            assert all(answer["timings"]["draft_n"] > 0 for answer in answers)
+    expected = [peers.greedy(source[1], prompt, 40, suppress_tokens=banned(bundle)) for prompt in prompts]
+    plain = ask(tmp_path / "out", prompts, count=40, context=128)
+    assert [answer["tokens"] for answer in plain] == expected
+    drafter = str(tmp_path / "out" / "drafter-f32.gguf")
+    drafted = ask(tmp_path / "out", prompts, count=40, context=128, drafter=drafter, draft_tokens=3)
+    assert [answer["tokens"] for answer in drafted] == expected
+    assert all(answer["timings"]["draft_n"] > 0 for answer in drafted)
 
 
-def _greedy(model, bundle, prompt):
-    # The client's ignore_eos bans every end-of-generation id.
-    banned = [bundle.tokenizer.token_id(name) for name in ("<eos>", "<turn|>", "<|tool_response>")]
-    row = peers.torch.tensor([prompt])
-    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with peers.torch.no_grad():
-        out = model.generate(row, attention_mask=peers.torch.ones_like(row), suppress_tokens=banned, **options)
-    return out[0, len(prompt) :].tolist()
+def test_llama_cpp_sees_and_hears_the_same(tmp_path):
+    """One image (256 patches, no resizing on either side) and one sound (50 frames)."""
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 3, VOCAB)
+    names = {"image": "<|image|>", "audio": "<|audio|>", "boi": "<|image>", "eoi": "<image|>", "boa": "<|audio>"}
+    ids = {f"{part}_token_id": tokenizer.token_id(name) for part, name in names.items()}
+    ids["eoa_token_index"] = tokenizer.token_id("<audio|>")
+    vision = {"mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 64}
+    config = peers.transformers.Gemma4UnifiedConfig(
+        text_config=peers.text_config(vocab_size=VOCAB, sliding_window=512, max_position_embeddings=1024),
+        vision_config=peers.transformers.Gemma4UnifiedVisionConfig(**vision),
+        audio_config=peers.transformers.Gemma4UnifiedAudioConfig(),
+        **ids,
+    )
+    model = peers.randomize(peers.transformers.Gemma4UnifiedForConditionalGeneration(config), 0)
+    model.save_pretrained(tmp_path / "source")
+    tokenizer.save(tmp_path / "source")
+    bundle = g4.load(tmp_path / "source", dtype="float32")
+    g4.save(bundle, tmp_path / "out", format="gguf")
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    image, sound = tmp_path / "a.png", tmp_path / "a.wav"
+    Image.fromarray(pixels).resize((768, 768), Image.Resampling.BILINEAR).save(image)
+    seconds = np.arange(32_000) / 16_000
+    soundfile.write(sound, 0.5 * np.sin(2 * np.pi * (300 + 200 * seconds) * seconds), 16_000, "PCM_16")
+    c, text = bundle.config, "the lazy fox"
+    tail = tokenizer.encode(text, bos=False)
+    media = {
+        image: ("images", [2, c.boi_token_id, *[c.image_token_id] * 256, c.eoi_token_id, *tail]),
+        sound: ("audio", [2, c.boa_token_id, *[c.audio_token_id] * 50, c.eoa_token_id, *tail]),
+    }
+    expected = []
+    for file, (kind, prompt) in media.items():
+        row = [*prompt]
+        for _ in range(6):
+            scores = np.array(g4.logits(bundle, [row], **{kind: [[file]]})[0, -1])
+            scores[banned(bundle)] = -np.inf
+            row.append(int(scores.argmax()))
+        expected.append(row[len(prompt) :])
+    prompts = [{"file": str(file), "text": text} for file in media]
+    answers = ask(tmp_path / "out", prompts, count=6, context=1024, mmproj=str(tmp_path / "out" / "mmproj-f32.gguf"))
+    assert [answer["tokens"] for answer in answers] == expected
+    assert [answer["tokens_evaluated"] for answer in answers] == [len(prompt) for _, prompt in media.values()]
 
 
 def test_what_a_file_cannot_hold_is_named(bundle, tmp_path):
