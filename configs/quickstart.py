@@ -21,11 +21,11 @@ def get_config():
         drafter={"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
     )  # fmt: skip
     config.data.update(source="python_stdlib", vocab_size=2048, seq_len=256, batch_size=2)
-    # Held-out rows repeat half a row as context, so that no token is judged without any.
-    config.data.update(heldout_fraction=0.02, heldout_overlap=128)
+    # Held-out rows repeat 64 tokens of the row before as context, so that no token in mid-document is judged without any.
+    config.data.update(heldout_fraction=0.02, heldout_overlap=64)
     config.loss.update(mtp_steps=3, mtp_query_stride=2)
     config.optimizer.update(learning_rate=5e-3, warmup_steps=50, final_fraction=0.02, b2=0.98)
-    config.train.update(steps=950, eval_every=250, eval_batches=32, checkpoint_every=250)
+    config.train.update(steps=1000, eval_every=250, eval_batches=8, checkpoint_every=250)
     config.samples.update(prompts=4, prompt_tokens=64, new_tokens=160)
     return config
 

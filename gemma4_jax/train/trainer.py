@@ -99,8 +99,9 @@ class Trainer:
         self.abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, self.shardings
         )
-        # Drawing runs once and takes no time; compiling it well would take longer than all of it.
-        quick = {"xla_backend_optimization_level": 0}
+        # Drawing runs once and takes no time; on a CPU compiling it well would take longer than all of it.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        quick = {"xla_backend_optimization_level": 0} if on_cpu else None
         self._create = jax.jit(create, out_shardings=self.shardings, compiler_options=quick, donate_argnums=0)
         self.train_step = steps.make_train_step(
             self.network, self.loss, self.optimizer, schedule,
