@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
+
+import jax
 
 import gemma4_jax as g4
 from experiments.report import samples_markdown
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.sample.terminal import TerminalChat, open_chat
+from gemma4_jax.train import profiling
 from gemma4_jax.train.checkpoints import write_atomically
 
 
@@ -33,14 +37,11 @@ def run(config, workdir: Path) -> dict[str, Any]:
     adaptive = "auto" if sample.draft_tokens is None else sample.draft_tokens
     sampler = g4.Sampler(bundle, max_length=sample.max_length, draft_tokens=adaptive)
     prompts = [bundle.tokenizer.encode(text) for text in sample.prompts]
-    out = sampler.generate(
-        prompts,
-        max_new_tokens=sample.max_new_tokens,
-        temperature=sample.temperature,
-        top_k=sample.top_k,
-        top_p=sample.top_p,
-        seed=sample.seed,
-    )
+    settings = {name: sample[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    if profiling.folder():
+        sampler.generate(prompts, **settings)  # compiles, which a trace is not about
+    with jax.profiler.trace(str(profiling.folder())) if profiling.folder() else contextlib.nullcontext():
+        out = sampler.generate(prompts, **settings)
     rows = [
         dataclasses.replace(out, tokens=[tokens], texts=[text], finish_reasons=[reason], drafted=[drafted])
         for tokens, text, reason, drafted in zip(out.tokens, out.texts, out.finish_reasons, out.drafted, strict=True)

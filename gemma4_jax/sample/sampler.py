@@ -83,6 +83,8 @@ class Sampler:
       draft_tokens: 0: no speculation; k: fixed; "auto": adapts to the acceptance and the cost of a round.
       cache_dtype: "float32", "bfloat16" or "int8"; None: the activation dtype.
       chunk: longest prefill chunk.
+      release: free the bundle's own decoder layers while they are laid out for reading, so that weights are in memory
+        once; the bundle can sample through this sampler only then.
 
     Raises:
       ConfigError: an argument outside of its choices, or a fixed draft length without a drafter.
@@ -96,6 +98,7 @@ class Sampler:
         *,
         cache_dtype: str | None = None,
         chunk: int = 512,
+        release: bool = False,
     ):
         config = bundle.config
         if not 2 <= max_length <= config.max_position_embeddings:
@@ -114,7 +117,7 @@ class Sampler:
         self.policy = DraftPolicy(parse_draft_tokens(draft_tokens, bundle.drafter is not None))
         self.chunk = min(chunk, max_length)
         self._model = bundle.model
-        self._target = nnx.split(ReadTarget(bundle.model))
+        self._target = nnx.split(ReadTarget(bundle.model, release))
         self._drafter = (None, None) if bundle.drafter is None else nnx.split(ReadDrafter(bundle.drafter))
         self._bias = jnp.asarray(request.suppression(config))
 

@@ -9,12 +9,14 @@ O_v, D)``, gate/up ``(2F, D)``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.model.attention import Attention
-from gemma4_jax.model.decoder import Block, Gemma4, unstack
+from gemma4_jax.model.decoder import Block, Gemma4, layer_pattern, unstack
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.layers import Embedder, FeedForward, soft_cap
 
@@ -115,17 +117,39 @@ class ReadDrafter(Drafter):
 
 
 class ReadTarget(nnx.Module):
-    """The decoder laid out for reading: embedder, blocks (one a layer), final_norm."""
+    """The decoder laid out for reading: embedder, blocks (one a layer), final_norm.
 
-    def __init__(self, model: Gemma4):
+    ``release`` frees the stacked arrays of ``model`` while they are copied, so that weights are held once; its blocks cannot
+    be used any more then, its embedders can.
+    """
+
+    def __init__(self, model: Gemma4, release: bool = False):
         self.config = model.config
         self.embedder = ReadEmbedder(model.embedder)
-        self.blocks = nnx.List([_readable(block) for block in unstack(model)])
+        self.blocks = nnx.List([_readable(block) for block in _blocks(model, release)])
         self.final_norm = model.final_norm
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Soft-capped f32 logits: hidden (..., D) -> (..., V)."""
         return self.embedder.decode(hidden, self.config.final_logit_softcapping)
+
+
+def _blocks(model: Gemma4, release: bool) -> Iterator[Block]:
+    """Layers in order; what is handed out is not held here."""
+    if not release:
+        yield from unstack(model)
+        return
+    _, repeats = layer_pattern(model.config.layer_types)
+    graph, state = nnx.split(model.groups)
+    leaves, tree = jax.tree.flatten(state)
+    slices = []
+    for leaf in leaves:
+        slices.append([leaf[i] for i in range(repeats)])
+        jax.block_until_ready(slices[-1])
+        leaf.delete()
+    for _ in range(repeats):
+        yield from nnx.merge(graph, jax.tree.unflatten(tree, [parts.pop(0) for parts in slices])).layers
+    yield from model.tail
 
 
 def _readable(block: Block) -> Block:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small_models import prompts_of, script, script_weights, small_bundle, uncached_greedy
 
 from gemma4_jax.errors import ConfigError, PromptError
@@ -149,6 +150,19 @@ def test_without_a_drafter(bundle):
     assert Sampler(alone, max_length=32).draft_tokens == 0
     with pytest.raises(ConfigError, match="draft_tokens is 3 but the bundle has no drafter"):
         Sampler(alone, max_length=32, draft_tokens=3)
+
+
+def test_release_holds_weights_once(bundle, sampler):
+    """The layers' own arrays are gone, the tokens the same; layers beyond the repeating group too."""
+    kinds = ("sliding_attention", "full_attention") * 2 + ("full_attention",)
+    other = small_bundle(seed=4, num_hidden_layers=5, layer_types=kinds)
+    prompts = prompts_of([5])
+    want = Sampler(other, max_length=32, draft_tokens=0).generate(prompts, max_new_tokens=4, stop_ids=[]).tokens
+    lean = Sampler(other, max_length=32, draft_tokens=0, release=True)
+    small_bundle.cache_clear()
+    assert lean.generate(prompts, max_new_tokens=4, stop_ids=[]).tokens == want
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(other.model.groups)))
+    assert not other.model.embedder.table[...].is_deleted()
 
 
 def test_statistics_and_drafted_marks(bundle, sampler):
