@@ -129,7 +129,7 @@ def load(
 
     Args:
       path: a Hugging Face folder, one of our checkpoints, or a run's folder (its newest complete checkpoint).
-      drafter: a Hugging Face folder of a drafter for it; our checkpoints hold their own.
+      drafter: a Hugging Face folder of a drafter for it; not for a checkpoint of ours that holds its own.
       dtype: of weights and activations; None: as stored.
       quantization: None.
       mesh: devices to spread the weights over, with axes data, fsdp and tensor; None: the first device.
@@ -147,36 +147,42 @@ def load(
         raise unknown_name("dtype", dtype, (*DTYPES, None))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
-    if _is_published(path):
-        return _load_published(path, drafter, dtype, mesh, workers, progress)
-    if drafter is not None:
-        raise ConfigError(f"drafter {drafter} given, but {path} is one of our checkpoints and holds its own")
-    return _load_checkpoint(path, dtype, mesh)
+    options = {"workers": workers, "progress": progress}
+    read = _load_published if _is_published(path) else _load_checkpoint
+    return read(path, None if drafter is None else Path(drafter), dtype, mesh, options)
 
 
 def _is_published(path: Path) -> bool:
     return "model_type" in hf_config.read_optional_json(path / "config.json")
 
 
-def _load_published(path, drafter, dtype, mesh, workers, progress) -> Bundle:
+def _load_published(path: Path, drafter: Path | None, dtype: str | None, mesh, options) -> Bundle:
     tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
     values = hf_config.read_json(path / "config.json")
     config = hf_config.model_config(values, hf_config.read_optional_json(path / "generation_config.json"), tokenizer)
-    if drafter is not None:
-        drafter = Path(drafter)
-        own = hf_config.drafter_config(hf_config.read_json(drafter / "config.json"), config)
-        config = dataclasses.replace(config, drafter=own)
     rows = names.target_rows(config, names.LAYOUTS[values["model_type"]])
     dtype = dtype or _stored_dtype(path, rows)
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    config = _with_drafter(dataclasses.replace(config, dtype=dtype, param_dtype=dtype), drafter)
     network = Network(config)
-    place, options = _placer(network, mesh), {"workers": workers, "progress": progress}
     target = {name: leaf for name, leaf in network.shapes.items() if name.startswith("model/")}
-    weights = hf_import.load_weights(path, rows, target, place=place, **options)
-    if drafter is not None:
-        rest = {name: leaf for name, leaf in network.shapes.items() if name not in target}
-        weights |= hf_import.load_weights(drafter, names.drafter_rows(config), rest, place=place, **options)
+    weights = hf_import.load_weights(path, rows, target, place=_placer(network, mesh), **options)
+    weights |= _drafter_weights(drafter, network, mesh, options)
     return _assemble(network, weights, tokenizer, path)
+
+
+def _with_drafter(config: ModelConfig, drafter: Path | None) -> ModelConfig:
+    if drafter is None:
+        return config
+    own = hf_config.drafter_config(hf_config.read_json(drafter / "config.json"), config)
+    return dataclasses.replace(config, drafter=own)
+
+
+def _drafter_weights(drafter: Path | None, network: Network, mesh, options) -> dict[str, Any]:
+    if drafter is None:
+        return {}
+    shapes = {name: leaf for name, leaf in network.shapes.items() if name.startswith("drafter/")}
+    rows = names.drafter_rows(network.config)
+    return hf_import.load_weights(drafter, rows, shapes, place=_placer(network, mesh), **options)
 
 
 def _stored_dtype(path: Path, rows: list[names.Row]) -> str:
@@ -188,9 +194,11 @@ def _stored_dtype(path: Path, rows: list[names.Row]) -> str:
     return tensors[table].dtype.name
 
 
-def _load_checkpoint(path: Path, dtype: str | None, mesh) -> Bundle:
+def _load_checkpoint(path: Path, drafter: Path | None, dtype: str | None, mesh, options) -> Bundle:
     folder = checkpoints.newest(path)
     config = ModelConfig.from_dict(hf_config.read_json(folder / "config.json"))
+    if drafter is not None and config.drafter is not None:
+        raise ConfigError(f"drafter {drafter} given, but {path} is one of our checkpoints and holds its own")
     network = Network(config)
     places = sharding.parameter_shardings(network.shapes, config, mesh) if mesh else {}
     shapes = {
@@ -198,16 +206,22 @@ def _load_checkpoint(path: Path, dtype: str | None, mesh) -> Bundle:
         for name, leaf in network.shapes.items()
     }
     weights = trees.flatten(checkpoints.load_params(folder, trees.unflatten(shapes)))
-    if dtype is not None and dtype != config.param_dtype:
+    if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-        weights, network = _cast(weights, dtype), Network(config)
+        weights = _cast(weights, dtype)
+    network = Network(_with_drafter(config, drafter))
+    weights |= _drafter_weights(drafter, network, mesh, options)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     return _assemble(network, weights, tokenizer, folder)
 
 
-def _cast(weights: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
-    floating = {name for name, leaf in weights.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    return {name: leaf.astype(dtype) if name in floating else leaf for name, leaf in weights.items()}
+def _cast(weights: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
+    """Floating-point weights in another dtype. Empties ``weights``, so that no second copy of all of them exists."""
+    cast = {}
+    for name in list(weights):
+        leaf = weights.pop(name)
+        cast[name] = leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    return cast
 
 
 def _placer(network: Network, mesh) -> hf_import.Place:

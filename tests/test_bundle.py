@@ -110,6 +110,15 @@ def test_checkpoints_come_back_bit_for_bit(bundle, tmp_path):
     np.testing.assert_array_equal(np.asarray(low.model.embedder.table[...]), table)
 
 
+def test_a_published_drafter_for_a_checkpoint_without_one(bundle, tmp_path):
+    alone = g4.init("tiny", seed=0, config_overrides={**OVERRIDES, "drafter": None})
+    g4.save(alone, tmp_path / "alone")
+    g4.save(bundle, tmp_path / "published", format="huggingface")
+    joined = g4.load(tmp_path / "alone", drafter=tmp_path / "published" / "drafter", dtype="float32")
+    assert joined.config == bundle.config
+    np.testing.assert_array_equal(joined.drafter.embedder.table[...], bundle.drafter.embedder.table[...])
+
+
 def test_a_run_folder_is_loaded_from_its_newest_checkpoint(bundle, tmp_path):
     other = g4.init("tiny", seed=5, config_overrides=OVERRIDES)
     g4.save(bundle, tmp_path / "run" / "checkpoints" / "00000002")
