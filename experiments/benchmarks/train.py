@@ -77,6 +77,7 @@ def ours(options: dict[str, Any]):
         mesh=MeshConfig(),
         seed=0,
         batch_size=options["batch_size"],
+        devices=jax.devices()[:1],
     )
     tokens = _rows(config, options)
     ones = np.ones_like(tokens)

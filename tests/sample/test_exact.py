@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import prompts_of, small_bundle, uncached_greedy, uncached_logits
@@ -181,7 +182,8 @@ def test_image_runs_in_chunks():
     types[1, 2:6] = 2
     lengths = np.asarray([30, 23], np.int32)
     segments = (np.arange(30)[None] < lengths[:, None]).astype(np.int32)
-    output = jax.jit(lambda t, s, y: bundle.model(t, segment_ids=s, token_types=y))(tokens, segments, types)
+    forward = nnx.jit(lambda model, t, s, y: model(t, segment_ids=s, token_types=y))
+    output = forward(bundle.model, tokens, segments, types)
     want = np.asarray(output.hidden)[np.arange(2), lengths - 1]
 
     class Batch:
