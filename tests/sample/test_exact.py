@@ -1,6 +1,5 @@
 """Cached, chunked, batched and padded decoding against a network that recomputes everything."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
