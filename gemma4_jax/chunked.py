@@ -214,12 +214,12 @@ def _scan_loss(hidden, table, targets, teacher, weights, cap, teacher_cap, spec,
         pieces["target"] = targets
     else:
         pieces["teacher"] = jnp.where(live, teacher[0], 0)
-    teacher_table = None if teacher is None else teacher[1]
+    teacher_cut = None if teacher is None else _cut_table(teacher[1], spec)
     pieces = {k: _cut_positions(v, spec) for k, v in pieces.items()}
 
     def piece_loss(carry, piece):
         total, d_rows = carry
-        value, d_h, d_rows = _piece_loss(piece, cut, table, teacher_table, vocab, cap, teacher_cap, spec, d_rows)
+        value, d_h, d_rows = _piece_loss(piece, cut, table, teacher_cut, vocab, cap, teacher_cap, d_rows)
         return (total + value, d_rows), d_h
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(cut.rows.shape, jnp.float32) if gradient else None
@@ -229,20 +229,18 @@ def _scan_loss(hidden, table, targets, teacher, weights, cap, teacher_cap, spec,
     return loss, _uncut_positions(d_h, length), _uncut_gradient(d_rows, vocab)
 
 
-def _piece_loss(piece, cut, table, teacher_table, vocab, cap, teacher_cap, spec, d_rows):
+def _piece_loss(piece, cut, table, teacher_cut, vocab, cap, teacher_cap, d_rows):
     """Loss of one run of positions, its gradient (B, t, D), and the table's gradient added to ``d_rows`` (None: no gradient)."""
     h, w = piece["h"], piece["w"]
     normalizer = _normalizer(h, cut, vocab, cap)
-    if teacher_table is None:
+    if teacher_cut is None:
         nll = normalizer - _target_logit(h, table, piece["target"], cap)
         value = jnp.where(w > 0, w * nll, 0.0).sum()
         if d_rows is None:
             return value, None, None
-        teacher_chunks = None
     else:
         value = jnp.zeros((), jnp.float32)
-        teacher_chunks = _cut_table(teacher_table, spec)
-        teacher_normalizer = _normalizer(piece["teacher"], teacher_chunks, vocab, teacher_cap)
+        teacher_normalizer = _normalizer(piece["teacher"], teacher_cut, vocab, teacher_cap)
 
     def chunk_step(carry, scanned):
         value, d_h = carry
@@ -272,9 +270,9 @@ def _piece_loss(piece, cut, table, teacher_table, vocab, cap, teacher_cap, spec,
 
     start = value, jnp.zeros(h.shape, jnp.float32)
     if cut.rows.shape[0] == 1:  # outside of a loop, so that the compiler shares the logits with the normaliser
-        only = None if teacher_chunks is None else _only_chunk(teacher_chunks)
+        only = None if teacher_cut is None else _only_chunk(teacher_cut)
         (value, d_h), d_chunks = chunk_step(start, (_only_chunk(cut), only))
         d_chunks = None if d_chunks is None else d_chunks[None]
     else:
-        (value, d_h), d_chunks = jax.lax.scan(chunk_step, start, (cut, teacher_chunks))
+        (value, d_h), d_chunks = jax.lax.scan(chunk_step, start, (cut, teacher_cut))
     return value, (None if d_rows is None else d_h), (None if d_rows is None else d_rows + d_chunks)

@@ -134,13 +134,38 @@ def compute_losses(
     Returns:
       f32 scalar; and the summed (not divided) loss of each term under the keys of ``denominators``.
     """
-    output = model(
+    output = _forward(model, batch)
+    drafts = _roll(model, drafter, batch, output, config) if config.uses_drafter else None
+    sums = _loss_sums(model, drafter, batch, output, drafts, config)
+    scales = {"next_token": 1.0}
+    for j, weight in enumerate(config.step_weights(), start=1):
+        scales[f"mtp_{j}"] = config.mtp_weight * weight
+    loss = sum(scales[k] * sums[k] / jnp.maximum(denominators[k], 1.0) for k in sums)
+    return loss, sums
+
+
+def evaluation_sums(model, drafter, batch: Mapping[str, Any], config: LossConfig) -> dict[str, jax.Array]:
+    """The summed loss of each term and, with a drafter, the counts of ``draft_agreement``, from one pass over the rows."""
+    output = _forward(model, batch)
+    if not config.uses_drafter:
+        return _loss_sums(model, drafter, batch, output, None, config)
+    drafts = _roll(model, drafter, batch, output, config)
+    sums = _loss_sums(model, drafter, batch, output, drafts, config)
+    return sums | _agreement(model, drafter, batch, output, drafts, config)
+
+
+def _forward(model, batch):
+    return model(
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         token_types=batch.get("token_types"),
         media=batch.get("media"),
     )
+
+
+def _loss_sums(model, drafter, batch, output, drafts, config: LossConfig) -> dict[str, jax.Array]:
+    """Summed loss of each term; ``drafts`` is what ``_roll`` gave, or None without a multi-token term."""
     weights = next_token_weights(batch["loss_mask"], batch["segment_ids"])
     cap = model.config.final_logit_softcapping
     table = model.embedder.table[...]
@@ -149,24 +174,17 @@ def compute_losses(
             output.hidden, table, _shift(batch["tokens"], 1), weights, softcap=cap, spec=config.chunks
         )
     }
-    scales = {"next_token": 1.0}
-    if config.uses_drafter:
-        sums |= _multi_token_sums(model, drafter, batch, output, config)
-        for j, weight in enumerate(config.step_weights(), start=1):
-            scales[f"mtp_{j}"] = config.mtp_weight * weight
-    loss = sum(scales[k] * sums[k] / jnp.maximum(denominators[k], 1.0) for k in sums)
-    return loss, sums
+    return sums if drafts is None else sums | _multi_token_sums(model, drafter, batch, output, drafts, config)
 
 
-def _multi_token_sums(model, drafter, batch, output, config: LossConfig) -> dict[str, jax.Array]:
+def _multi_token_sums(model, drafter, batch, output, drafts, config: LossConfig) -> dict[str, jax.Array]:
     """Summed loss of each draft step."""
-    queries, ys = _roll(model, drafter, batch, output, config)
+    queries, ys = drafts
     sums = {}
     for j, y in enumerate(ys, start=1):
         targets, weights = _draft_targets(batch, config, j)
         if config.mtp_distill:
-            # The target's row that predicts the same token; its last row stands in where weights are 0 anyway.
-            row = jnp.minimum(queries + j + PAIRINGS[config.mtp_pairing], output.hidden.shape[1] - 1)
+            row = _same_target_rows(queries, j, output, config)
             sums[f"mtp_{j}"] = chunked_kl(
                 y,
                 drafter.embedder.table[...],
@@ -181,6 +199,11 @@ def _multi_token_sums(model, drafter, batch, output, config: LossConfig) -> dict
                 y, drafter.embedder.table[...], targets, weights, softcap=None, spec=config.chunks
             )
     return sums
+
+
+def _same_target_rows(queries, step: int, output, config: LossConfig) -> jax.Array:
+    """The target's rows that predict what draft step ``step`` does; its last row stands in where weights are 0 anyway."""
+    return jnp.minimum(queries + step + PAIRINGS[config.mtp_pairing], output.hidden.shape[1] - 1)
 
 
 def _roll(model, drafter, batch, output, config: LossConfig):
@@ -215,21 +238,20 @@ def draft_agreement(model, drafter, batch: Mapping[str, Any], config: LossConfig
       ``agree_j`` and ``count_j`` for each draft step j: agreeing and supervised positions; ``probability_1``: the summed
       probability that the target gives to the first drafted token (what sampling at temperature 1 would accept).
     """
-    output = model(
-        batch["tokens"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        token_types=batch.get("token_types"),
-        media=batch.get("media"),
-    )
-    queries, ys = _roll(model, drafter, batch, output, config)
+    output = _forward(model, batch)
+    drafts = _roll(model, drafter, batch, output, config)
+    return _agreement(model, drafter, batch, output, drafts, config)
+
+
+def _agreement(model, drafter, batch, output, drafts, config: LossConfig) -> dict[str, jax.Array]:
+    queries, ys = drafts
     table, cap = model.embedder.table[...], model.config.final_logit_softcapping
     choice = chunked_argmax(output.hidden, table, spec=config.chunks)
     counts = {}
     for j, y in enumerate(ys, start=1):
         _, weights = _draft_targets(batch, config, j)
         valid = weights > 0
-        row = jnp.minimum(queries + j + PAIRINGS[config.mtp_pairing], choice.shape[1] - 1)
+        row = _same_target_rows(queries, j, output, config)
         drafted = chunked_argmax(y, drafter.embedder.table[...], spec=config.chunks)
         counts[f"agree_{j}"] = jnp.sum(valid & (drafted == choice[:, row]), dtype=jnp.float32)
         counts[f"count_{j}"] = jnp.sum(valid, dtype=jnp.float32)

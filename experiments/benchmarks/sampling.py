@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks.peers import transformers_model
 from experiments.benchmarks.workers import Worker, alternate, serve
 from gemma4_jax.config import ModelConfig, get_preset
 
@@ -267,20 +268,10 @@ def _scripted(graph):
 
 def _transformers(options):
     import torch
-    from transformers import Gemma4UnifiedTextConfig
-    from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedForCausalLM
 
     torch.manual_seed(0)
     c = model_config(options)
-    model = Gemma4UnifiedForCausalLM(
-        Gemma4UnifiedTextConfig(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, global_head_dim=c.global_head_dim,
-            num_global_key_value_heads=c.num_global_key_value_heads, sliding_window=c.sliding_window,
-            attention_k_eq_v=c.attention_k_eq_v, final_logit_softcapping=c.final_logit_softcapping, pad_token_id=0,
-        )
-    )  # fmt: skip
+    model = transformers_model(c)
     model = model.to(getattr(torch, options["dtype"])).eval()
     length = options["prompt_tokens"] if options["mode"] == "prefill" else EARLY
     prompt = torch.randint(5, c.vocab_size, (1, length))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma4_jax.losses import LossConfig, compute_losses, draft_agreement, loss_denominators
+from gemma4_jax.losses import LossConfig, compute_losses, evaluation_sums, loss_denominators
 from gemma4_jax.train import optimizer as optimizers
 from gemma4_jax.train.sharding import BATCH_AXES, batch_sharding, replicated
 from gemma4_jax.train.state import Network, TrainState
@@ -124,11 +124,8 @@ def make_eval_step(
 
     def eval_step(params, frozen, batch):
         model, drafter = network.merge({**params, **frozen})
-        counts = loss_denominators(batch, loss)
-        _, sums = compute_losses(model, drafter, batch, loss, counts)
-        sums |= {f"count_{term}": count for term, count in counts.items()}
-        if loss.uses_drafter:
-            sums |= draft_agreement(model, drafter, batch, loss)
+        sums = evaluation_sums(model, drafter, batch, loss)
+        sums |= {f"count_{term}": count for term, count in loss_denominators(batch, loss).items()}
         return sums
 
     return jax.jit(

@@ -9,9 +9,8 @@ WINDOW = 8
 PATTERN = ("sliding_attention",) * 2 + ("full_attention",)
 
 
-def text_config(**changes):
-    """A text configuration of tiny size: 6 layers in two groups of 2 sliding + 1 global."""
-    values = {
+def _sizes():
+    return {
         "vocab_size": 64,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -20,6 +19,13 @@ def text_config(**changes):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
+    }
+
+
+def text_config(**changes):
+    """A text configuration of tiny size: 6 layers in two groups of 2 sliding + 1 global."""
+    values = {
+        **_sizes(),
         "global_head_dim": 32,
         "num_global_key_value_heads": 1,
         "attention_k_eq_v": True,
@@ -97,14 +103,7 @@ def drafter(seed=1, ordered=False, **changes):
 def gemma3(seed=2, **changes):
     """A Gemma 3 text model: no value norm, separate values, full RoPE, an attention scale, norms stored as w - 1."""
     values = {
-        "vocab_size": 64,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 6,
-        "layer_types": list(PATTERN * 2),
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
+        **_sizes(),
         "query_pre_attn_scalar": 9,
         "sliding_window": WINDOW,
         "max_position_embeddings": 256,
