@@ -12,15 +12,17 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 Measurement = dict[str, float]
+SETTLE_SECONDS = 0.3  # before a turn, until the threads of the one before have gone to sleep
 
 
 class Worker:
-    """One side: started at once, ready after ``wait``; use as a context manager.
+    """One side, as a context manager that ends its process. It starts with ``start`` and is ready after ``wait``.
 
     Raises:
       RuntimeError: the process ended before it answered (its own error is on stderr).
@@ -30,16 +32,21 @@ class Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         environment["PYTHONPATH"] = path  # the command may be run from any folder
-        self.side = side
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, side, json.dumps(options)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
+        self.side, self.process = side, None
+        self._command, self._environment = [sys.executable, "-m", module, side, json.dumps(options)], environment
 
     def __enter__(self) -> Worker:
         return self
 
+    def start(self) -> None:
+        """Let the process prepare."""
+        self.process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment
+        )
+
     def __exit__(self, *exception):
+        if self.process is None:
+            return
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
@@ -72,11 +79,14 @@ def serve(prepare: Callable[[], Callable[[], Measurement]]) -> None:
 def alternate(workers: Iterable[Worker], rounds: int) -> dict[str, Measurement]:
     """Medians of ``rounds`` measurements of every side, taken in turns; the largest ``peak_bytes``."""
     workers = list(workers)
+    # One after another: threads that wait for each other in a spin crawl beside a side that compiles.
     for worker in workers:
+        worker.start()
         worker.wait()
     taken = {worker.side: [] for worker in workers}
     for _ in range(rounds):
         for worker in workers:
+            time.sleep(SETTLE_SECONDS)
             taken[worker.side].append(worker.measure())
     return {side: _summary(rows) for side, rows in taken.items()}
 
