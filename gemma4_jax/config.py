@@ -73,6 +73,34 @@ class DrafterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside linear maps: ``y = x W' + alpha / rank * (x a') b'``, a (rank, in), b (out, rank).
+
+    targets: glob patterns over the names of linear weights, of target and drafter; ``!pattern`` leaves out, the last match
+    decides. dtype: of the adapters, whatever that of the weights beside them.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("*_proj/weight",)
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank is {self.rank}; it must be at least 1")
+        if self.alpha <= 0:
+            raise ConfigError(f"lora.alpha is {self.alpha}; it must be positive")
+        if self.dtype not in DTYPES:
+            raise unknown_name("lora.dtype", self.dtype, DTYPES)
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A dense Gemma decoder with optional media inputs and an optional multi-token drafter.
 
@@ -119,6 +147,7 @@ class ModelConfig:
     vision: VisionConfig | None = None
     audio: AudioConfig | None = None
     drafter: DrafterConfig | None = None
+    lora: LoraConfig | None = None
 
     # Switches of the family.
     attention_k_eq_v: bool = True  # global layers: keys and values from one projection
@@ -238,7 +267,7 @@ class ModelConfig:
         return _build(cls, values, "")
 
 
-_NESTED = {"vision": VisionConfig, "audio": AudioConfig, "drafter": DrafterConfig}
+_NESTED = {"vision": VisionConfig, "audio": AudioConfig, "drafter": DrafterConfig, "lora": LoraConfig}
 
 
 def _check_layer_types(owner: str, layer_types: tuple[str, ...], num_layers: int):

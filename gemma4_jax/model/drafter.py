@@ -17,7 +17,7 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.model.attention import QueryAttention, Rope, masked_attention
 from gemma4_jax.model.decoder import Block, DecoderOutput
-from gemma4_jax.model.layers import Embedder, Linear, RMSNorm, matmul
+from gemma4_jax.model.layers import Embedder, Linear, RMSNorm
 from gemma4_jax.model.masks import drafter_masks
 from gemma4_jax.model.rope import rope_table
 
@@ -67,11 +67,11 @@ class Drafter(nnx.Module):
 
     def project_embedding(self, embedding: jax.Array) -> jax.Array:
         """The embedding half of ``pre_projection``: scaled target embeddings (B, Q, D) -> (B, Q, h)."""
-        return matmul(embedding, self.pre_projection.weight[...][:, : self.config.hidden_size])
+        return self.pre_projection.product(embedding, slice(None, self.config.hidden_size))
 
     def project_hidden(self, hidden: jax.Array) -> jax.Array:
         """The other half: hidden rows of the target or of the step before (B, Q, D) -> (B, Q, h)."""
-        return matmul(hidden, self.pre_projection.weight[...][:, self.config.hidden_size :])
+        return self.pre_projection.product(hidden, slice(self.config.hidden_size, None))
 
     def step(
         self, projected_embedding: jax.Array, hidden: jax.Array, ropes: dict[str, Rope], attend: Callable[..., Any]

@@ -45,7 +45,12 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
-    """A linear map without bias unless asked. weight (out, in), bias (out,)."""
+    """A linear map without bias unless asked. weight (out, in), bias (out,).
+
+    ``lora`` is None or an adapter (``gemma4_jax.model.lora``), whose share is added to the product.
+    """
+
+    lora: nnx.Module | None = None  # of the class: an attribute that was None once cannot hold a module later
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, dtype, rngs: nnx.Rngs):
         std = in_features**-0.5
@@ -54,8 +59,14 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
-        y = checkpoint_name(matmul(x, self.weight[...]), KEPT)
+        y = checkpoint_name(self.product(x), KEPT)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def product(self, x: jax.Array, columns: slice | None = None) -> jax.Array:
+        """The map without its bias, or what some of its input columns add to it: x (..., columns) -> (..., out)."""
+        weight = self.weight[...]
+        y = matmul(x, weight if columns is None else weight[:, columns])
+        return y if self.lora is None else y + self.lora(x, columns)
 
 
 class RMSNorm(nnx.Module):

@@ -7,7 +7,7 @@ no hidden state and one dict says everything there is to save.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from gemma4_jax.errors import ConfigError
 from gemma4_jax.losses import LossConfig
 from gemma4_jax.model.decoder import Gemma4
 from gemma4_jax.model.drafter import Drafter
+from gemma4_jax.model.lora import add_adapters
 from gemma4_jax.train import optimizer as optimizers
 from gemma4_jax.train import sharding, trees
 
@@ -91,11 +92,16 @@ def _build(config: ModelConfig, key: jax.Array) -> dict[str, nnx.Module]:
     modules: dict[str, nnx.Module] = {"model": Gemma4(config, rngs=nnx.Rngs(params=target_key))}
     if config.drafter is not None:
         modules["drafter"] = Drafter(config, rngs=nnx.Rngs(params=drafter_key))
+    if config.lora is not None:
+        add_adapters(modules, config.lora, key)
     return modules
 
 
-def untrained(network: Network, loss: LossConfig, has_media: bool) -> dict[str, str]:
-    """Weights that no gradient reaches, with the reason: they must not decay or carry moments in the optimiser."""
+def untrained(network: Network, loss: LossConfig, media_kinds: Collection[str]) -> dict[str, str]:
+    """Weights that no gradient reaches, with the reason: they must not decay or carry moments in the optimiser.
+
+    ``media_kinds``: of "vision" and "audio" those that the data has.
+    """
     reasons = {}
     for name in network.shapes:
         if name in network.variables:
@@ -104,19 +110,23 @@ def untrained(network: Network, loss: LossConfig, has_media: bool) -> dict[str, 
             reasons[name] = "no multi-token loss"
         elif name.startswith("drafter/post_projection/") and loss.mtp_steps == 1:
             reasons[name] = "mtp_steps is 1: nothing is fed back"
-        elif name.startswith(("model/vision/", "model/audio/")) and not has_media:
-            reasons[name] = "the data has no media"
+        elif name.startswith("model/vision/") and "vision" not in media_kinds:
+            reasons[name] = "the data has no images or video"
+        elif name.startswith("model/audio/") and "audio" not in media_kinds:
+            reasons[name] = "the data has no sound"
     return reasons
 
 
-def trainable_names(network: Network, loss: LossConfig, patterns: Sequence[str], has_media: bool = False) -> set[str]:
+def trainable_names(
+    network: Network, loss: LossConfig, patterns: Sequence[str], media_kinds: Collection[str] = ()
+) -> set[str]:
     """Weights to train: those that ``train.trainable`` selects and a gradient can reach.
 
     Raises:
       ConfigError: from ``optimizer.select``, or when nothing is left.
     """
     chosen = optimizers.select(list(network.shapes), patterns)
-    names = chosen - set(untrained(network, loss, has_media))
+    names = chosen - set(untrained(network, loss, media_kinds))
     if not names:
         raise ConfigError(f"train.trainable {list(patterns)} leaves nothing to train")
     return names
