@@ -33,16 +33,20 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
     """Flat results of all sides.
 
     Args:
-      options: ``mode`` (of the three), ``model`` (preset), ``dtypes``, ``peers`` (of transformers, llama_cpp), ``rounds``
-        (turns), ``new_tokens``, ``prompt_tokens``, ``draft_tokens``, ``acceptance``.
+      options: ``mode`` (of the three), ``model`` (preset), ``dtypes``, ``peers`` (of transformers, llama_cpp),
+        ``packed_dtypes`` (further ones of llama.cpp alone), ``rounds`` (turns), ``new_tokens``, ``prompt_tokens``,
+        ``draft_tokens``, ``acceptance``.
       threads: of the peers.
     """
     sides = [("machine", "float32")]
+    peers = options["peers"] if options["mode"] != "speculative" else ()
     for dtype in options["dtypes"]:
-        sides += [("ours", dtype)] + [(peer, dtype) for peer in options["peers"] if options["mode"] != "speculative"]
+        sides += [("ours", dtype)] + [(peer, dtype) for peer in peers]
+    packed = options["packed_dtypes"] if "llama_cpp" in peers else ()
+    sides += [("llama_cpp", dtype) for dtype in packed]
     with tempfile.TemporaryDirectory() as folder:
-        if any(side == "llama_cpp" for side, _ in sides):
-            _write_gguf(options, Path(folder))
+        if "llama_cpp" in peers:
+            _write_gguf(options, [*options["dtypes"], *packed], Path(folder))
         workers = [
             Worker(MODULE, f"{side}_{dtype}", {**options, "side": side, "dtype": dtype, "folder": folder}, threads)
             for side, dtype in sides
@@ -294,14 +298,14 @@ def _transformers(options):
     return once
 
 
-def _write_gguf(options, folder: Path) -> None:
+def _write_gguf(options, dtypes, folder: Path) -> None:
     import gemma4_jax as g4
     from gemma4_jax.text.tokenizer import train_tokenizer
 
-    bundle = g4.init(model_config(options), seed=0)
+    bundle = g4.init(dataclasses.replace(model_config(options), drafter=None), seed=0)
     # A tokenizer with merges, which the format needs; prompts are ids.
     bundle = dataclasses.replace(bundle, tokenizer=train_tokenizer([__doc__], bundle.config.vocab_size))
-    for dtype in options["dtypes"]:
+    for dtype in dtypes:
         g4.save(bundle, folder / dtype, format="gguf", dtype=dtype)
 
 
