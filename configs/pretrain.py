@@ -3,6 +3,7 @@
     python launch.py --config configs/pretrain.py:tiny     # laptop core, a minute: does everything work?
     python launch.py --config configs/pretrain.py:small    # 2 cores for some hours, or any accelerator
     python launch.py --config configs/pretrain.py:12b --config.mesh.fsdp=256   # a pod slice; --dry_run shows what it takes
+    python launch.py --config configs/pretrain.py:media_base   # a minute or two: text first, for the tasks of configs/finetune.py
 
 Expected: ``results.json`` with the held-out bits per byte and the drafter's acceptance per step.
 """
@@ -47,7 +48,24 @@ def _12b():
     return config
 
 
-SIZES = {"tiny": tiny, "small": small, "12b": _12b}
+def media_base():
+    """4 layers of width 128 that have read some text; images and sound enter by projections that are still random."""
+    config = training_config("pretrain")
+    config.model = "tiny"
+    override_model(
+        config,
+        hidden_size=128, intermediate_size=384, num_hidden_layers=4, sliding_window_pattern=4, head_dim=32,
+        global_head_dim=64, sliding_window=128, drafter=None,
+        vision={"patch_size": 8, "pooling_kernel_size": 2, "mm_embed_dim": 128}, audio={},
+    )  # fmt: skip
+    config.data.update(vocab_size=512, seq_len=128, batch_size=8)
+    config.loss.mtp_weight = 0.0
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=50, b2=0.98)
+    config.train.update(steps=400, eval_every=200, checkpoint_every=200, final_eval_batches=32)
+    return config
+
+
+SIZES = {"tiny": tiny, "small": small, "12b": _12b, "media_base": media_base}
 
 
 def get_config(arg="tiny"):

@@ -26,7 +26,7 @@ def run(config, workdir: Path) -> dict[str, Any]:
         raise ConfigError(f"base.checkpoint {base.checkpoint!r} has no tokenizer.json; set config.data.tokenizer")
     model = defaults.override(bundle.config, config)
     feed = Feed({**config.data, "tokenizer": config.data.tokenizer or _tokenizer_of(base)}, workdir, model)
-    trainer = defaults.make_trainer(config, model, has_media=feed.train.has_media)
+    trainer = defaults.make_trainer(config, model, media_kinds=feed.train.media_kinds)
     weights = bundle_weights(bundle)
     del bundle  # its arrays are moved into the training state
     result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)), given=weights)

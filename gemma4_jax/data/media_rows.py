@@ -115,6 +115,22 @@ def make_processor(options: DataOptions, tokenizer: Tokenizer, model: ModelConfi
     return Processor(tokenizer, model, media)
 
 
+def with_paths(document: dict[str, Any], field: str, place: str) -> dict[str, Any]:
+    """A document whose relative paths of media are made relative to the folder of the file that ``place`` names."""
+
+    def moved(part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        return {**part, kind: _beside(part[kind], place)} if kind in MEDIA_KINDS and kind in part else part
+
+    messages = [
+        {**message, "content": [moved(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in document[field]
+    ]
+    return {**document, field: messages}
+
+
 def _beside(source: Any, place: str) -> Any:
     """A relative path as one relative to the folder of the file that ``place`` names; anything else as it is."""
     if not isinstance(source, (str, os.PathLike)):
@@ -126,7 +142,8 @@ def _beside(source: Any, place: str) -> Any:
 class MediaLoader:
     """Adds the media of a batch's rows to it: ``media`` (``MediaInputs``) and ``token_types`` (B, T) int32.
 
-    plans, sources: of each data source. patch_count, frame_count: P and A of every batch, 0 for none.
+    plans, sources: of each data source. patch_count, frame_count: P and A of every batch, 0 for none. blind: pixels and
+    samples are all zero.
     """
 
     plans: tuple[RowPlan, ...]
@@ -134,6 +151,13 @@ class MediaLoader:
     encoder: MediaChatEncoder
     patch_count: int
     frame_count: int
+    blind: bool = False
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What the rows have: "vision" (images or video), "audio"."""
+        counts = {"vision": self.patch_count, "audio": self.frame_count}
+        return frozenset(kind for kind, count in counts.items() if count)
 
     def __call__(self, batch: dict[str, Any], chosen: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
         """The batch with its media.
@@ -165,11 +189,15 @@ class MediaLoader:
                 raise DataError(f"{source.place(index)}: its media have changed since its tokens were stored")
             parts.append(part)
         patches, positions, frames = (np.concatenate(column) for column in list(zip(*parts, strict=True))[2:])
+        if self.blind:
+            patches, frames = np.zeros_like(patches), np.zeros_like(frames)
         return Row(tokens, token_types(config, tokens), patches, positions, frames)
 
 
-def media_loader(plans: Sequence[RowPlan], sources: Sequence[Source], encoder: MediaChatEncoder) -> MediaLoader | None:
-    """The loader for planned rows; None when no row has media.
+def media_loader(
+    plans: Sequence[RowPlan], sources: Sequence[Source], encoder: MediaChatEncoder, blind: bool = False
+) -> MediaLoader | None:
+    """The loader for planned rows, with ``blind`` one that blanks them out; None when no row has media.
 
     Raises:
       DataError: an example with media that was cut into pieces, naming it and both lengths.
@@ -190,7 +218,7 @@ def media_loader(plans: Sequence[RowPlan], sources: Sequence[Source], encoder: M
                 frame_count = max(frame_count, most)
     if not patch_count and not frame_count:
         return None
-    return MediaLoader(tuple(plans), tuple(sources), encoder, bucket(patch_count), bucket(frame_count))
+    return MediaLoader(tuple(plans), tuple(sources), encoder, bucket(patch_count), bucket(frame_count), blind)
 
 
 def _check_whole(plan: RowPlan, source: Source, is_soft: np.ndarray):

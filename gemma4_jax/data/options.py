@@ -36,6 +36,8 @@ class DataOptions:
       video_budget: most soft tokens of a video's frame.
       video_frames: most frames of a video.
       long_audio: sound of more than 30 s is an error ("raise") or "cut".
+      blind: images and frames are black and sound is silence, of the sizes they have: a control run, which shows what can
+        be guessed without looking and listening.
       shuffle_seed: orders rows anew in each epoch.
       workers: processes that assemble batches; 0 means a thread.
       prefetch: batches made ahead of time (by each worker).
@@ -59,6 +61,7 @@ class DataOptions:
     video_budget: int = 70
     video_frames: int = 32
     long_audio: str = "raise"
+    blind: bool = False
     shuffle_seed: int = 0
     workers: int = 0
     prefetch: int = 4

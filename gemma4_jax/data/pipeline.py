@@ -7,6 +7,7 @@ part of the same global batch) nor of worker processes. The state of an iterator
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import lzma
@@ -19,7 +20,7 @@ import grain
 import numpy as np
 
 from gemma4_jax.data.examples import conversation, make_encoder
-from gemma4_jax.data.media_rows import MediaChatEncoder, MediaLoader, media_loader
+from gemma4_jax.data.media_rows import MediaChatEncoder, MediaLoader, media_loader, with_paths
 from gemma4_jax.data.options import DataOptions
 from gemma4_jax.data.packing import RowPlan, empty_batch, plan_rows
 from gemma4_jax.data.sources import Source, open_source, open_whole_source, parse_mixture, text_of
@@ -94,6 +95,16 @@ def heldout_text(data: Section) -> str:
     return "".join(_Texts([source for source, _ in _open(options, "heldout")], options))
 
 
+def heldout_conversations(data: Section, limit: int = 0) -> list[dict[str, Any]]:
+    """The first ``limit`` held-out conversations (0: all), with paths of media that hold from here."""
+    options = DataOptions.of(data)
+    places = ((source, index) for source, _ in _open(options, "heldout") for index in range(len(source)))
+    return [
+        with_paths(source[index], options.text_field, source.place(index))
+        for source, index in itertools.islice(places, limit or None)
+    ]
+
+
 def compressed_bits_per_byte(text: str) -> float:
     """Bits per byte of UTF-8 that ``lzma`` at its best setting needs. Raises DataError for an empty text."""
     raw = text.encode()
@@ -155,7 +166,7 @@ def make_dataset(
         plans.append(plan_rows(store, options.seq_len, overlap, options.long_examples, options.shuffle_seed))
         weights.append(weight)
         _log.info("%s rows: %s", split, plans[-1].report)
-    loader = media_loader(plans, sources, encoder) if with_media else None
+    loader = media_loader(plans, sources, encoder, options.blind) if with_media else None
     return BatchDataset(plans, weights, options, split, process_index, process_count, loader)
 
 
@@ -164,7 +175,8 @@ class BatchDataset:
 
     Each element is a dict of (b, T) arrays, b this process's rows: ``tokens``, ``segment_ids`` (0 is padding),
     ``positions`` (from 0 in each segment), int32, and ``loss_mask`` bool (the token is learnt, as a target). Rows with
-    media also have ``token_types`` int32 and ``media``, a ``MediaInputs`` of fixed shapes.
+    media also have ``token_types`` int32 and ``media``, a ``MediaInputs`` of fixed shapes; ``media_kinds`` says which
+    kinds ("vision", "audio") they have.
     """
 
     def __init__(
@@ -182,7 +194,7 @@ class BatchDataset:
         self.reports = [plan.report for plan in plans]
         self.num_rows = sum(sizes)
         self.batch_size = options.batch_size
-        self.has_media = loader is not None
+        self.media_kinds = loader.kinds if loader else frozenset()
         self.num_batches = None if split == "train" else -(-self.num_rows // options.batch_size)
         self.fingerprint = _hash(
             *(plan.store.path.name for plan in plans), weights, split, options.seq_len, options.shuffle_seed,

@@ -93,7 +93,7 @@ def _check_length(data: DataOptions, model: ModelConfig) -> None:
 
 
 def make_trainer(config: ConfigDict, model: ModelConfig, **kwargs: Any) -> Trainer:
-    """The Trainer of a run's sections; ``kwargs`` as in ``Trainer`` (``has_media``, ``devices``)."""
+    """The Trainer of a run's sections; ``kwargs`` as in ``Trainer`` (``media_kinds``, ``devices``)."""
     return Trainer(
         model,
         loss=LossConfig(**config.loss),

@@ -48,5 +48,8 @@ class Feed:
         return learnt_bytes(batch, self._byte_lengths)
 
     def files(self, model_config_json: str) -> dict[str, str]:
-        """Plain files of a checkpoint: the model configuration and the tokenizer."""
-        return {"config.json": model_config_json, "tokenizer.json": self.tokenizer.to_json()}
+        """Plain files of a checkpoint: the model configuration, the tokenizer, and how media are prepared."""
+        files = {"config.json": model_config_json, "tokenizer.json": self.tokenizer.to_json()}
+        if self.processor is not None:
+            files["processor_config.json"] = self.processor.options.to_json()
+        return files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,7 +58,7 @@ class Trainer:
       loss, optimizer, options, mesh: sections of the run's config.
       seed: of the weights and of the run's random key.
       batch_size: rows of one update over all processes.
-      has_media: whether batches carry images or sound (else their embedders are left out of the optimiser).
+      media_kinds: "vision" and "audio" where batches carry them; embedders of the others are left out of the optimiser.
       devices: None for all.
 
     Attributes:
@@ -78,7 +78,7 @@ class Trainer:
         mesh: sharding.MeshConfig,
         seed: int,
         batch_size: int,
-        has_media: bool = False,
+        media_kinds: Collection[str] = (),
         devices: Sequence[Any] | None = None,
     ):
         if loss.uses_drafter and model.drafter is None:
@@ -90,7 +90,7 @@ class Trainer:
         sharding.check_batch(batch_size, options.accumulation, self.mesh)
         self.loss = dataclasses.replace(loss, vocab_shards=self.mesh.shape["tensor"])
         self.network = states.Network(model)
-        self.names = states.trainable_names(self.network, self.loss, options.trainable, has_media)
+        self.names = states.trainable_names(self.network, self.loss, options.trainable, media_kinds)
         schedule = optimizers.make_schedule(optimizer, options.steps)
         self.optimizer = optimizers.make_optimizer(optimizer, schedule, sorted(self.names))
         create = functools.partial(states.create_state, self.network, self.names, self.optimizer, seed)

@@ -64,7 +64,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_rows_of_a_jsonl_file(folder, workers):
     data = dataset(folder, f"jsonl:{folder}/x.jsonl", workers=workers, heldout_source=f"text:{folder}/x.jsonl")
-    assert data.has_media
+    assert data.media_kinds == {"vision", "audio"}
     batch = first_batch(data)
     tokens, media = batch["tokens"], batch["media"]
     check_counts(CONFIG, tokens, media)
@@ -96,7 +96,7 @@ def test_one_example_a_row_equals_the_processor(folder):
 def test_text_only_conversations_have_no_media(folder):
     (folder / "t.jsonl").write_text((folder / "x.jsonl").read_text().splitlines()[0])
     data = dataset(folder, f"jsonl:{folder}/t.jsonl", heldout_source="digits")
-    assert not data.has_media
+    assert not data.media_kinds
     assert set(first_batch(data)) == {"tokens", "loss_mask", "segment_ids", "positions"}
 
 

@@ -123,13 +123,18 @@ def test_last_matching_pattern_decides(everything):
 
 def test_dead_weights_stay_out_of_the_optimiser(everything):
     """Layer scalars, centroids and token order; media without media; the feed-back projection when K = 1."""
-    dead = untrained(everything, LossConfig(mtp_steps=1), has_media=False)
+    dead = untrained(everything, LossConfig(mtp_steps=1), media_kinds=())
     for fragment in ("layer_scalar", "centroids", "token_ordering", "post_projection", "model/vision", "model/audio"):
         assert any(fragment in name for name in dead), fragment
     assert not any("q_proj" in name or "table" in name for name in dead)
-    more_steps = untrained(everything, LossConfig(mtp_steps=2), has_media=True)
+    more_steps = untrained(everything, LossConfig(mtp_steps=2), media_kinds=("vision", "audio"))
     assert {name.rpartition("/")[2] for name in more_steps} == {"layer_scalar", "centroids", "token_ordering"}
-    no_drafter = untrained(everything, LossConfig(mtp_weight=0.0), has_media=True)
+    for kind, other in (("vision", "audio"), ("audio", "vision")):
+        one_kind = untrained(everything, LossConfig(mtp_steps=2), media_kinds=(kind,))
+        assert {name for name in one_kind if "model/vision/" in name or "model/audio/" in name} == {
+            name for name in everything.shapes if name.startswith(f"model/{other}/")
+        }
+    no_drafter = untrained(everything, LossConfig(mtp_weight=0.0), media_kinds=("vision", "audio"))
     assert all(name in no_drafter for name in everything.shapes if name.startswith("drafter/"))
 
 
