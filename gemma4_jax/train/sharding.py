@@ -105,7 +105,14 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
 
 
 def logical_axes(name: str) -> tuple[str | None, ...]:
-    """Logical axes of a parameter's last dimensions. Raises ConfigError when the table has no row for it."""
+    """Logical axes of a parameter's last dimensions; halves of an adapter are cut as the side of the weight they face.
+
+    Raises ConfigError when the table has no row for it.
+    """
+    place, found, half = name.rpartition("/lora/")
+    if found:
+        outputs, inputs = logical_axes(f"{place}/weight")
+        return {"a": (None, inputs), "b": (outputs, None)}[half]
     for pattern, axes in PARAMETER_AXES:
         if fnmatch.fnmatchcase(name, pattern):
             return axes
