@@ -17,6 +17,7 @@ SLIDING = "sliding_attention"
 FULL = "full_attention"
 LAYER_KINDS = (SLIDING, FULL)
 DTYPES = ("float32", "bfloat16", "float16")
+SCHEMES = ("int8", "int4")  # of quantised weights, see gemma4_jax.packed
 REMAT_POLICIES = ("none", "dots", "full")
 
 
@@ -157,6 +158,7 @@ class ModelConfig:
 
     dtype: str = "float32"  # of activations
     param_dtype: str = "float32"  # of stored weights
+    quantization: str | None = None  # of matrices and tables; one of SCHEMES
     remat: str = "none"
 
     def __post_init__(self):
@@ -195,6 +197,7 @@ class ModelConfig:
         if not 0.0 < self.partial_rotary_factor <= 1.0:
             raise ConfigError(f"partial_rotary_factor is {self.partial_rotary_factor}; it must be in (0, 1]")
         choices = {"dtype": DTYPES, "param_dtype": DTYPES, "remat": REMAT_POLICIES,
+                   "quantization": (None, *SCHEMES),
                    "use_bidirectional_attention": (None, "vision")}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -22,6 +22,7 @@ from gemma4_jax.losses import LossConfig
 from gemma4_jax.model.decoder import Gemma4
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.lora import add_adapters
+from gemma4_jax.packed import quantize_modules
 from gemma4_jax.train import optimizer as optimizers
 from gemma4_jax.train import sharding, trees
 
@@ -92,6 +93,8 @@ def _build(config: ModelConfig, key: jax.Array) -> dict[str, nnx.Module]:
     modules: dict[str, nnx.Module] = {"model": Gemma4(config, rngs=nnx.Rngs(params=target_key))}
     if config.drafter is not None:
         modules["drafter"] = Drafter(config, rngs=nnx.Rngs(params=drafter_key))
+    if config.quantization is not None:
+        modules = {part: quantize_modules(module, config.quantization) for part, module in modules.items()}
     if config.lora is not None:
         add_adapters(modules, config.lora, key)
     return modules
