@@ -12,7 +12,8 @@ import jax
 import gemma4_jax as g4
 from experiments.report import samples_markdown
 from gemma4_jax.errors import ConfigError
-from gemma4_jax.sample.terminal import TerminalChat, open_chat
+from gemma4_jax.sample import web
+from gemma4_jax.sample.terminal import TerminalChat, chat_settings, open_chat, open_sampler
 from gemma4_jax.train import profiling
 from gemma4_jax.train.checkpoints import write_atomically
 
@@ -20,11 +21,14 @@ from gemma4_jax.train.checkpoints import write_atomically
 def run(config, workdir: Path) -> dict[str, Any]:
     """Generate for every prompt of ``config.sample``; writes ``samples.md`` and returns what the decoding took.
 
-    A config with a section ``chat`` (configs/chat.py) opens a chat in the terminal instead.
+    A config with a section ``chat`` (configs/chat.py) opens a chat instead: in the terminal, or on a web page when there is a
+    section ``web``.
 
     Raises:
       ConfigError: no prompts, or a folder without a tokenizer.
     """
+    if "web" in config:
+        return _serve(config)
     if "chat" in config:
         TerminalChat(open_chat(config.chat)).run()
         return {}
@@ -58,3 +62,13 @@ def run(config, workdir: Path) -> dict[str, Any]:
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,
         "tokens_per_second": stats.tokens_per_second,
     }
+
+
+def _serve(config) -> dict[str, Any]:
+    """The chat page, until it is interrupted."""
+    web.load_gradio()  # before the weights are read
+    options = web.WebOptions(**config.web)
+    chat = web.WebChat(open_sampler(config.chat), **chat_settings(config.chat))
+    page = web.build_page(chat, thinking=config.chat.thinking, compare=options.compare)
+    web.serve(page, options, announce=lambda text: print(text, flush=True))
+    return {}

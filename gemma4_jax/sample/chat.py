@@ -17,8 +17,10 @@ TEMPERATURE, TOP_K, TOP_P = 1.0, 64, 0.95
 
 @dataclasses.dataclass(frozen=True)
 class ChatReply(Reply):
-    """A reply (text, thinking, tool_calls, malformed_calls, tokens, finish_reason) and the ``stats`` of making it."""
+    """A reply (text, thinking, tool_calls, malformed_calls, tokens, finish_reason), which of its tokens the drafter
+    proposed (``drafted``, one bool each), and the ``stats`` of making it."""
 
+    drafted: tuple[bool, ...] = ()
     stats: Any = None
 
 
@@ -161,7 +163,8 @@ class Chat:
         show(parser.finish())
         self._seed += 1
         parsed = parser.reply(out.finish_reasons[0])
-        reply = ChatReply(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed)}, stats=out.stats)
+        made = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed)}
+        reply = ChatReply(**made, drafted=tuple(out.drafted[0]), stats=out.stats)
         answer = {"role": "model", "content": reply.text}
         if reply.tool_calls:
             answer["tool_calls"] = list(reply.tool_calls)

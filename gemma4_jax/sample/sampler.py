@@ -5,6 +5,7 @@ Axis letters: B batch, T chunk length, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -125,6 +126,16 @@ class Sampler:
     def draft_tokens(self) -> int | str:
         """As given: a fixed length or "auto"."""
         return "auto" if self.policy.fixed is None else self.policy.fixed
+
+    def with_draft_tokens(self, draft_tokens: int | str) -> Sampler:
+        """A sampler of the same weights, held once, with another draft length: for comparing both side by side.
+
+        Raises:
+          ConfigError: as the constructor does.
+        """
+        other = copy.copy(self)
+        other.policy = DraftPolicy(parse_draft_tokens(draft_tokens, self._drafter[0] is not None))
+        return other
 
     def replace_drafter(self, propose: Callable[..., jax.Array], weights: Any) -> None:
         """Draft with a function instead: ``propose(weights, target, state, request, mode, steps, noise)`` gives int32

@@ -110,18 +110,23 @@ def open_chat(section: Mapping[str, Any]) -> Chat:
     Raises:
       ConfigError, CheckpointError, PromptError: as loading and the sampler raise them; no checkpoint given.
     """
+    return Chat(open_sampler(section), thinking=section["thinking"], **chat_settings(section))
+
+
+def open_sampler(section: Mapping[str, Any]) -> Sampler:
+    """The sampler of a section ``chat``. Raises as ``open_chat``."""
     if not section["checkpoint"]:
         raise ConfigError("chat.checkpoint is empty; give the folder of a checkpoint")
     bundle = load(section["checkpoint"], drafter=section["drafter"] or None, dtype=section["dtype"])
     drafts = "auto" if section["draft_tokens"] is None else section["draft_tokens"]
     length = min(section["max_length"], bundle.config.max_position_embeddings)
+    return Sampler(bundle, max_length=length, draft_tokens=drafts)
+
+
+def chat_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``Chat`` in a section ``chat``, all but the switch for thinking."""
     sampling = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
-    return Chat(
-        Sampler(bundle, max_length=length, draft_tokens=drafts),
-        system=section["system"] or None,
-        thinking=section["thinking"],
-        **{name: section[name] for name in sampling},
-    )
+    return {"system": section["system"] or None, **{name: section[name] for name in sampling}}
 
 
 def _as_json(value: Any) -> Any:

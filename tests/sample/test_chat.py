@@ -49,7 +49,8 @@ class Scripted:
             on_token(0, index, "")
         if tokens[-1] in BYTES:  # the rest of a character that was never completed
             on_token(0, tokens[-1], "\ufffd")
-        return types.SimpleNamespace(tokens=[tokens], finish_reasons=[self.reason], stats=STATS)
+        drafted = [[bool(i % 2) for i in range(len(tokens))]]
+        return types.SimpleNamespace(tokens=[tokens], drafted=drafted, finish_reasons=[self.reason], stats=STATS)
 
     def asked(self, call=-1):
         return "".join(self.calls[call][0][0])
