@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gemma4_jax as g4
+from experiments import ask
 from experiments.pretrain import training_results
 from gemma4_jax.bundle import bundle_weights
 from gemma4_jax.errors import ConfigError
@@ -20,7 +21,7 @@ def run(config, workdir: Path) -> dict[str, Any]:
     Raises:
       ConfigError: a base without a tokenizer, or sections that contradict it.
     """
-    base = config.base
+    base, answers = config.base, ask.check(config)
     bundle = g4.load(base.checkpoint, drafter=base.drafter or None, dtype=base.dtype)
     if bundle.tokenizer is None and not config.data.tokenizer:
         raise ConfigError(f"base.checkpoint {base.checkpoint!r} has no tokenizer.json; set config.data.tokenizer")
@@ -30,7 +31,8 @@ def run(config, workdir: Path) -> dict[str, Any]:
     weights = bundle_weights(bundle)
     del bundle  # its arrays are moved into the training state
     result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)), given=weights)
-    return training_results(trainer, config, result)
+    results = training_results(trainer, config, result)
+    return results | ask.answer_results(config, workdir, answers) if answers.ask else results
 
 
 def _tokenizer_of(base) -> str:

@@ -52,6 +52,7 @@ def training_results(trainer, config, result: TrainResult) -> dict[str, Any]:
         "train_tokens": int(result.totals.tokens),
         "train_seconds": result.totals.seconds,
         "tokens_per_second": result.totals.tokens_per_second,
+        "input_wait_share": result.totals.input_wait_share,
         "empty_steps": int(result.totals.empty_steps),
         "val_loss": evaluation["next_token_loss"],
         "val_bits_per_byte": evaluation["bits_per_byte"],

@@ -11,19 +11,44 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_jax.errors import DataError
+from gemma4_jax.errors import ConfigError, DataError
 from gemma4_jax.media import images, prepare_audio, video
 from gemma4_jax.media.audio import SAMPLE_RATE
 from gemma4_jax.text import chat
 
 
 @dataclasses.dataclass(frozen=True)
+class AnswerOptions:
+    """Fields of ``config.answers``: whether a finetuned model is asked its held-out conversations, and how.
+
+    ask: whether at all. count: the first so many of them (0: all). batch_size: prompts at once. max_new_tokens: of an
+    answer. blind: ask them once more with their media blanked out.
+
+    Raises:
+      ConfigError: a number out of range, naming the field.
+    """
+
+    ask: bool = False
+    count: int = 0
+    batch_size: int = 32
+    max_new_tokens: int = 32
+    blind: bool = True
+
+    def __post_init__(self):
+        for name, least in (("count", 0), ("batch_size", 1), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"answers.{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
 class AnswerScore:
     """exact: share of answers that are right to the letter. characters: share of characters that are right, by edit
-    distance. count: answers. wrong: the first few pairs of (expected, given)."""
+    distance. positions: share of characters that are right at their place.
+    count: answers. wrong: the first few pairs of (expected, given)."""
 
     exact: float
     characters: float
+    positions: float
     count: int
     wrong: tuple[tuple[str, str], ...]
 
@@ -54,28 +79,36 @@ def score_answers(
     total = len(source) if count is None else min(count, len(source))
     if total < 1:
         raise DataError("no conversations to score")
-    distance = length = right = 0
+    distance = length = placed = right = 0
     wrong: list[tuple[str, str]] = []
     for start in range(0, total, batch_size):
-        documents = [source[index][field] for index in range(start, min(start + batch_size, total))]
-        for number, messages in enumerate(documents, start):
+        documents = [source[index] for index in range(start, min(start + batch_size, total))]
+        for number, document in enumerate(documents, start):
+            messages = document[field]
             if chat.ROLES.get(messages[-1].get("role")) != "model" or not isinstance(messages[-1].get("content"), str):
                 raise DataError(f"conversation {number} does not end with an answer of the model")
-        given = _ask(sampler, [messages[:-1] for messages in documents], max_new_tokens, blind)
-        for messages, answer in zip(documents, given, strict=True):
-            expected = messages[-1]["content"].strip()
+        given = _ask(sampler, documents, field, max_new_tokens, blind)
+        for document, answer in zip(documents, given, strict=True):
+            expected = document[field][-1]["content"].strip()
             right += answer == expected
+            placed += sum(a == b for a, b in zip(expected, answer, strict=False))
             distance += edit_distance(expected, answer)
             length += len(expected)
             if answer != expected and len(wrong) < 8:
                 wrong.append((expected, answer))
-    return AnswerScore(right / total, max(0.0, 1 - distance / max(length, 1)), total, tuple(wrong))
+    size = max(length, 1)
+    return AnswerScore(right / total, max(0.0, 1 - distance / size), placed / size, total, tuple(wrong))
 
 
-def _ask(sampler, conversations: Sequence[Sequence[Mapping[str, Any]]], max_new_tokens: int, blind: bool) -> list[str]:
+def _ask(sampler, documents: Sequence[Mapping[str, Any]], field: str, max_new_tokens: int, blind: bool) -> list[str]:
     prompts = [
-        chat.render(messages, template=sampler.chat_template, controls=sampler.tokenizer.special_tokens)
-        for messages in conversations
+        chat.render(
+            document[field][:-1],
+            tools=document.get("tools"),
+            template=sampler.chat_template,
+            controls=sampler.tokenizer.special_tokens,
+        )
+        for document in documents
     ]
     blank = {"image": _black, "audio": _silence, "video": _black_clip}
     media = {

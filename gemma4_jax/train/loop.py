@@ -49,6 +49,7 @@ class Totals:
 
     tokens: float = 0.0
     seconds: float = 0.0
+    input_seconds: float = 0.0
     timed_tokens: float = 0.0
     empty_steps: float = 0.0
 
@@ -56,6 +57,11 @@ class Totals:
     def tokens_per_second(self) -> float:
         """Over all steps but each process's first one, which compiles; without evaluation and checkpoints."""
         return self.timed_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def input_wait_share(self) -> float:
+        """The part of the same seconds in which the loop waited for a batch."""
+        return self.input_seconds / self.seconds if self.seconds else 0.0
 
 
 @dataclasses.dataclass
@@ -146,7 +152,10 @@ class _Run:
 
     def _advance(self, pending):
         """Dispatch one step, then fetch the metrics of the one before, while the device works on this one."""
+        asked = time.perf_counter()
         batch = next(self.iterator, None)
+        if self.step > self.first_step:  # as for all times: the first step compiles
+            self.totals.input_seconds += time.perf_counter() - asked
         if batch is None:
             raise DataError(f"the training data ended after step {self.step} of {self.options.steps}")
         self.profiler.before(self.step - self.first_step)
