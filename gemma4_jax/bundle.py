@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma4_jax.config import DTYPES, ModelConfig, get_preset, unknown_name
+from gemma4_jax.config import DTYPES, LoraConfig, ModelConfig, get_preset, unknown_name
 from gemma4_jax.errors import CheckpointError, ConfigError, PromptError
 from gemma4_jax.interop import gguf_export, hf_config, hf_export, hf_import, names
 from gemma4_jax.media import MediaOptions, Processor
 from gemma4_jax.model.decoder import Gemma4
 from gemma4_jax.model.drafter import Drafter, draft_rollout
+from gemma4_jax.model.lora import add_adapters, is_adapter, merge_adapters
 from gemma4_jax.text.tokenizer import Tokenizer, minimum_vocab_size, train_tokenizer
 from gemma4_jax.train import checkpoints, sharding, trees
 from gemma4_jax.train.state import Network
@@ -216,11 +217,15 @@ def _load_checkpoint(path: Path, drafter: Path | None, dtype: str | None, mesh, 
 
 
 def _cast(weights: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
-    """Floating-point weights in another dtype. Empties ``weights``, so that no second copy of all of them exists."""
+    """Floating-point weights in another dtype; adapters keep theirs, which their own configuration says.
+
+    Empties ``weights``, so that no second copy of all of them exists.
+    """
     cast = {}
     for name in list(weights):
         leaf = weights.pop(name)
-        cast[name] = leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        changes = jnp.issubdtype(leaf.dtype, jnp.floating) and not is_adapter(name)
+        cast[name] = leaf.astype(dtype) if changes else leaf
     return cast
 
 
@@ -250,7 +255,7 @@ def save(bundle: Bundle, path: str | Path, format: str = "checkpoint", dtype: st
 
     Args:
       path: a folder that does not exist yet or is empty.
-      format: ``checkpoint`` (ours), ``huggingface`` or ``gguf``.
+      format: ``checkpoint`` (ours; keeps adapters), ``huggingface`` or ``gguf`` (adapters merged into the weights).
       dtype: of the stored weights; None: as they are. GGUF also takes ``q8_0`` and ``q4_0``.
 
     Raises:
@@ -267,11 +272,12 @@ def save(bundle: Bundle, path: str | Path, format: str = "checkpoint", dtype: st
 
 
 def _save_published(bundle: Bundle, path: Path, dtype: str | None) -> None:
-    files = _text_files(bundle)
+    files, bundle = _text_files(bundle), merge_lora(bundle)
     hf_export.save_folder(path, bundle.config, bundle_weights(bundle), files=files, dtype=dtype)
 
 
 def _save_gguf(bundle: Bundle, path: Path, dtype: str | None) -> None:
+    bundle = merge_lora(bundle)
     gguf_export.save_folder(
         path,
         bundle.config,
@@ -289,6 +295,31 @@ def _save_checkpoint(bundle: Bundle, path: Path, dtype: str | None) -> None:
         weights = _cast(weights, dtype)
     files = {"config.json": json.dumps(config.to_dict(), indent=2) + "\n", **_text_files(bundle)}
     checkpoints.save(path, {checkpoints.PARAMS: trees.unflatten(weights)}, files=files)
+
+
+def add_lora(bundle: Bundle, config: LoraConfig, seed: int = 0) -> Bundle:
+    """The same function with new adapters, whose arrays alone are new; ``seed`` is of their random halves.
+
+    Raises:
+      ConfigError: there are adapters already, or ``config.targets`` do not fit (see ``model.lora.add_adapters``).
+    """
+    if bundle.config.lora is not None:
+        raise ConfigError("the bundle has adapters already; merge_lora makes them part of its weights")
+    model, drafter = Network(bundle.config).merge(bundle_weights(bundle))
+    modules = {"model": model} | ({"drafter": drafter} if drafter else {})
+    add_adapters(modules, config, jax.random.key(seed))
+    new = dataclasses.replace(bundle.config, lora=config)
+    return dataclasses.replace(bundle, config=new, model=model, drafter=drafter)
+
+
+def merge_lora(bundle: Bundle) -> Bundle:
+    """The same function with its adapters, if it has any, added to the weights beside them, in the weights' dtype."""
+    if bundle.config.lora is None:
+        return bundle
+    config = dataclasses.replace(bundle.config, lora=None)
+    weights = merge_adapters(bundle_weights(bundle), bundle.config.lora)
+    model, drafter = Network(config).merge(weights)
+    return dataclasses.replace(bundle, config=config, model=model, drafter=drafter)
 
 
 def bundle_weights(bundle: Bundle) -> dict[str, jax.Array]:

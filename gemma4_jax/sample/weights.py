@@ -9,7 +9,7 @@ O_v, D)``, gate/up ``(2F, D)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import nnx
 from gemma4_jax.model.attention import Attention
 from gemma4_jax.model.decoder import Block, Gemma4, layer_pattern, unstack
 from gemma4_jax.model.drafter import Drafter
-from gemma4_jax.model.layers import Embedder, FeedForward, soft_cap
+from gemma4_jax.model.layers import Embedder, FeedForward, Linear, soft_cap
 
 
 def read_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -37,15 +37,41 @@ def read_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class ReadLinear(nnx.Module):
-    """A linear map for few rows. weight (out, in)."""
+    """A linear map for few rows. weight (out, in); lora: None, or the adapters of what it was made of."""
 
-    def __init__(self, *weights: jax.Array):
-        """Several weights become one array, their outputs side by side."""
+    lora: nnx.Module | None = None
+
+    def __init__(self, *sources: Linear, columns: slice | None = None):
+        """Several maps of one input (or of some of its ``columns``) become one, their outputs side by side."""
+        weights = [source.weight[...] for source in sources]
+        if columns is not None:
+            weights = [weight[:, columns] for weight in weights]
         self.weight = nnx.Param(weights[0] if len(weights) == 1 else jnp.concatenate(weights))
+        if any(source.lora is not None for source in sources):
+            self.lora = ReadAdapters(sources, columns)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
-        return read_matmul(x, self.weight[...]).astype(x.dtype)
+        y = read_matmul(x, self.weight[...]).astype(x.dtype)
+        return y if self.lora is None else y + self.lora(x)
+
+
+class ReadAdapters(nnx.Module):
+    """The shares of several maps' adapters side by side; zeros where a map has none.
+
+    They stay beside the weights: packed or bf16 weights would lose most of so small a change.
+    """
+
+    def __init__(self, sources: Sequence[Linear], columns: slice | None):
+        self.columns = columns
+        self.widths = tuple(source.weight[...].shape[0] for source in sources)
+        self.parts = nnx.Dict({str(i): s.lora for i, s in enumerate(sources) if s.lora is not None})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., in) -> (..., out) in x's dtype."""
+        zeros = {str(i): jnp.zeros((*x.shape[:-1], width), x.dtype) for i, width in enumerate(self.widths)}
+        shares = zeros | {i: adapter(x, self.columns) for i, adapter in self.parts.items()}
+        return jnp.concatenate(list(shares.values()), axis=-1)
 
 
 class ReadAttention(Attention):
@@ -54,10 +80,9 @@ class ReadAttention(Attention):
     def __init__(self, source: Attention):
         self.config, self.kind = source.config, source.kind
         parts = [source.q_proj, source.k_proj] + ([] if source.v_proj is None else [source.v_proj])
-        weights = [part.weight[...] for part in parts]
-        self.splits = tuple(w.shape[0] for w in weights)
-        self.qkv_proj = ReadLinear(*weights)
-        self.o_proj = ReadLinear(source.o_proj.weight[...])
+        self.splits = tuple(part.weight[...].shape[0] for part in parts)
+        self.qkv_proj = ReadLinear(*parts)
+        self.o_proj = ReadLinear(source.o_proj)
         self.q_norm, self.k_norm = source.q_norm, source.k_norm
 
     def project(self, x):
@@ -71,8 +96,8 @@ class ReadFeedForward(nnx.Module):
     """The gated feed-forward with gate and up as one product."""
 
     def __init__(self, source: FeedForward):
-        self.gate_up_proj = ReadLinear(source.gate_proj.weight[...], source.up_proj.weight[...])
-        self.down_proj = ReadLinear(source.down_proj.weight[...])
+        self.gate_up_proj = ReadLinear(source.gate_proj, source.up_proj)
+        self.down_proj = ReadLinear(source.down_proj)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D)."""
@@ -97,11 +122,10 @@ class ReadDrafter(Drafter):
     def __init__(self, source: Drafter):
         self.config = source.config
         width = self.config.hidden_size
-        projection = source.pre_projection.weight[...]
         self.embedder = ReadEmbedder(source.embedder)
-        self.embedding_projection = ReadLinear(projection[:, :width])
-        self.hidden_projection = ReadLinear(projection[:, width:])
-        self.post_projection = ReadLinear(source.post_projection.weight[...])
+        self.embedding_projection = ReadLinear(source.pre_projection, columns=slice(None, width))
+        self.hidden_projection = ReadLinear(source.pre_projection, columns=slice(width, None))
+        self.post_projection = ReadLinear(source.post_projection)
         self.layers = nnx.List([_readable(block) for block in source.layers])
         self.final_norm = source.final_norm
         if self.config.drafter.use_ordered_embeddings:
@@ -159,7 +183,7 @@ def _readable(block: Block) -> Block:
     if isinstance(attention, Attention):
         block.self_attn = ReadAttention(attention)
     else:
-        attention.q_proj = ReadLinear(attention.q_proj.weight[...])
-        attention.o_proj = ReadLinear(attention.o_proj.weight[...])
+        attention.q_proj = ReadLinear(attention.q_proj)
+        attention.o_proj = ReadLinear(attention.o_proj)
     block.mlp = ReadFeedForward(block.mlp)
     return block
