@@ -105,7 +105,15 @@ def _target_logit(h: jax.Array, table: jax.Array, targets: jax.Array, cap: float
 def chunked_log_probability(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, *, softcap: float | None, spec: ChunkSpec = ChunkSpec()
 ) -> jax.Array:
-    """log p(target) of each row: hidden (B, T, D), table (V, D), targets (B, T) int32 -> f32 (B, T). Forward only."""
+    """log p(target) of each row: hidden (B, T, D), table (V, D), targets (B, T) int32 -> f32 (B, T).
+
+    Differentiable in hidden and table; the backward pass makes the logits anew.
+    """
+    return _log_probability(hidden, table, targets, softcap, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _log_probability(hidden, table, targets, softcap, spec):
     vocab, cut = table.shape[0], _cut_table(table, spec)
 
     def part(piece):
@@ -114,6 +122,20 @@ def chunked_log_probability(
 
     logs = jax.lax.map(part, (_cut_positions(hidden, spec), _cut_positions(targets, spec)))
     return _uncut_positions(logs, hidden.shape[1])
+
+
+def _log_probability_forward(hidden, table, targets, softcap, spec):
+    return _log_probability(hidden, table, targets, softcap, spec), (hidden, table, targets)
+
+
+def _log_probability_backward(softcap, spec, residuals, g):
+    """A sum of log-probabilities with weights g is a cross-entropy with weights -g."""
+    hidden, table, targets = residuals
+    _, d_hidden, d_table = _scan_loss(hidden, table, targets, None, -g, softcap, None, spec, gradient=True)
+    return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), _zero_cotangent(targets)
+
+
+_log_probability.defvjp(_log_probability_forward, _log_probability_backward)
 
 
 def chunked_argmax(hidden: jax.Array, table: jax.Array, *, spec: ChunkSpec = ChunkSpec()) -> jax.Array:
@@ -207,7 +229,7 @@ def _scan_loss(hidden, table, targets, teacher, weights, cap, teacher_cap, spec,
     """(loss, gradient of hidden, gradient of table), the last two None unless asked; scans runs of positions."""
     length, vocab = hidden.shape[1], table.shape[0]
     cut = _cut_table(table, spec)
-    live = (weights > 0)[..., None]
+    live = (weights != 0)[..., None]
     hidden = jnp.where(live, hidden, 0)  # a NaN in a masked row must not enter through 0 * NaN
     pieces = {"h": hidden, "w": weights.astype(jnp.float32)}
     if teacher is None:
@@ -235,7 +257,7 @@ def _piece_loss(piece, cut, table, teacher_cut, vocab, cap, teacher_cap, d_rows)
     normalizer = _normalizer(h, cut, vocab, cap)
     if teacher_cut is None:
         nll = normalizer - _target_logit(h, table, piece["target"], cap)
-        value = jnp.where(w > 0, w * nll, 0.0).sum()
+        value = jnp.where(w != 0, w * nll, 0.0).sum()
         if d_rows is None:
             return value, None, None
     else:

@@ -83,22 +83,27 @@ class ChatEncoder:
         return [self._encode(document, place) for document, place in zip(documents, places, strict=True)]
 
     def _encode(self, document: dict[str, Any], place: str) -> Example:
-        ids: list[int] = []
-        learnt: list[bool] = []
-        size = 0
-        for pieces, supervised in conversation(document, self._field, place):
-            for piece in merge_text(pieces):
-                if isinstance(piece, Control):
-                    new = [self._tokenizer.token_id(piece)]
-                else:
-                    _check_utf8(piece, place)
-                    new = self._tokenizer.encode(piece, bos=False)
-                    size += len(piece.encode())
-                ids += new
-                learnt += [supervised] * len(new)
-        if not any(learnt):
-            raise DataError(f"{place}: no turn of the model, so nothing to learn")
-        return Example(ids, np.asarray(learnt), size)
+        return spell(self._tokenizer, conversation(document, self._field, place), place)
+
+
+def spell(tokenizer: Tokenizer, parts: Sequence[Segment], place: str) -> Example:
+    """A conversation's tokens. Raises DataError naming the place when nothing is learnt."""
+    ids: list[int] = []
+    learnt: list[bool] = []
+    size = 0
+    for pieces, supervised in parts:
+        for piece in merge_text(pieces):
+            if isinstance(piece, Control):
+                new = [tokenizer.token_id(piece)]
+            else:
+                _check_utf8(piece, place)
+                new = tokenizer.encode(piece, bos=False)
+                size += len(piece.encode())
+            ids += new
+            learnt += [supervised] * len(new)
+    if not any(learnt):
+        raise DataError(f"{place}: no turn of the model, so nothing to learn")
+    return Example(ids, np.asarray(learnt), size)
 
 
 def chat_fingerprint(tokenizer: Tokenizer, field: str, *more: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma4_jax.errors import ConfigError
 
-FORMATS = ("text", "chat")
+FORMATS = ("text", "chat", "preference")
 LONG_EXAMPLES = ("split", "truncate", "error")
 
 
@@ -21,7 +21,8 @@ class DataOptions:
       heldout_source: what to evaluate on; empty means a part of ``source`` that training never sees.
       heldout_fraction: the share of ``source`` that is held out when ``heldout_source`` is empty.
       data_dir: where TFDS datasets lie; empty means TFDS's own default.
-      format: "text" (every token is learnt) or "chat" (conversations; only model turns are learnt).
+      format: "text" (every token is learnt), "chat" (conversations; only model turns are learnt) or "preference" (pairs:
+        "prompt" or a list of messages, "chosen" and "rejected"; only the two answers are learnt).
       field: the field of a JSONL line or TFDS example that holds the text or the list of messages; empty means
         "text" or "messages", by ``format``.
       tokenizer: a folder or ``tokenizer.json`` to use; empty means one trained on the training documents.
@@ -85,6 +86,10 @@ class DataOptions:
             raise ConfigError(f"data.shuffle_seed must be between 0 and {2**32 - 1}, got {self.shuffle_seed}")
         _one_of("format", self.format, FORMATS)
         _one_of("long_examples", self.long_examples, LONG_EXAMPLES)
+        if self.format == "preference" and self.long_examples != "error":
+            raise ConfigError(
+                f"data.format preference needs data.long_examples error, got {self.long_examples!r}: half of a pair is none"
+            )
 
     @classmethod
     def of(cls, section: DataOptions | Mapping[str, Any]) -> DataOptions:
@@ -104,7 +109,7 @@ class DataOptions:
     @property
     def text_field(self) -> str:
         """The field that holds a document's text or messages."""
-        return self.field or ("messages" if self.format == "chat" else "text")
+        return self.field or ("text" if self.format == "text" else "messages")
 
 
 def data_defaults() -> dict[str, Any]:

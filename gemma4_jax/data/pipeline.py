@@ -23,6 +23,7 @@ from gemma4_jax.data.examples import conversation, make_encoder
 from gemma4_jax.data.media_rows import MediaChatEncoder, MediaLoader, media_loader, with_paths
 from gemma4_jax.data.options import DataOptions
 from gemma4_jax.data.packing import RowPlan, empty_batch, plan_rows
+from gemma4_jax.data.preference import PairSplitter, PreferenceEncoder, pair
 from gemma4_jax.data.sources import Source, open_source, open_whole_source, parse_mixture, text_of
 from gemma4_jax.data.token_store import tokenise, with_new_folder
 from gemma4_jax.errors import ConfigError, DataError
@@ -85,7 +86,10 @@ def document_texts(document: dict[str, Any], options: DataOptions, place: str) -
     """The texts in a document, in order. Raises DataError naming its place if it is malformed."""
     if options.format == "text":
         return [text_of(document, options.text_field, place)]
-    parts = conversation(document, options.text_field, place, media=True)
+    if options.format == "preference":
+        parts = [part for half in pair(document, options.text_field, place) for part in half]
+    else:
+        parts = conversation(document, options.text_field, place, media=True)
     return [piece for part in parts for piece in part.pieces if not isinstance(piece, Control)]
 
 
@@ -157,7 +161,12 @@ def make_dataset(
     if not 0 <= process_index < process_count:
         raise ConfigError(f"process_index {process_index} is not below process_count {process_count}")
     with_media = processor is not None and options.format == "chat"
-    encoder = MediaChatEncoder(processor, options.text_field) if with_media else make_encoder(options, tokenizer)
+    if with_media:
+        encoder = MediaChatEncoder(processor, options.text_field)
+    elif options.format == "preference":
+        encoder = PreferenceEncoder(tokenizer, options.text_field)
+    else:
+        encoder = make_encoder(options, tokenizer)
     overlap = options.overlap if split == "train" else options.heldout_overlap
     sources, plans, weights = [], [], []
     for source, weight in _open(options, split):
@@ -167,6 +176,8 @@ def make_dataset(
         weights.append(weight)
         _log.info("%s rows: %s", split, plans[-1].report)
     loader = media_loader(plans, sources, encoder, options.blind) if with_media else None
+    if options.format == "preference":
+        loader = PairSplitter(tokenizer.bos_id)
     return BatchDataset(plans, weights, options, split, process_index, process_count, loader)
 
 
@@ -187,7 +198,7 @@ class BatchDataset:
         split: str,
         process_index: int,
         process_count: int,
-        loader: MediaLoader | None = None,
+        loader: MediaLoader | PairSplitter | None = None,
     ):
         """Args: a plan and a weight for each source, and what loads their media; see ``make_dataset``."""
         sizes = [len(plan) for plan in plans]
@@ -306,7 +317,7 @@ class _Assemble:
         batch_size: int,
         process_index: int,
         process_count: int,
-        loader: MediaLoader | None = None,
+        loader: MediaLoader | PairSplitter | None = None,
     ):
         self._plans = plans
         self._loader = loader
