@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from gemma4_jax.chunked import ChunkSpec, chunked_argmax, chunked_cross_entropy, chunked_kl, chunked_log_probability
+from gemma4_jax.config import unknown_name
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.model.drafter import draft_rollout
 
+LOSSES = ("next_token", "dpo")
 PAIRINGS = {"inference": -1, "same_row": 0}  # which hidden row meets the newest token; the first is what sampling does
 
 
@@ -27,6 +29,8 @@ PAIRINGS = {"inference": -1, "same_row": 0}  # which hidden row meets the newest
 class LossConfig:
     """Fields of ``config.loss``.
 
+    name (``next_token``, with the multi-token term, or ``dpo`` on preference pairs, without it) and beta (of dpo: how much a
+    reward weighs against staying near the reference).
     mtp_weight λ and mtp_steps K (0: no multi-token term), mtp_decay (step j weighs decay^j, normalised), mtp_distill
     (KL to the target's soft-capped distribution instead of hard labels), mtp_stop_gradient (train the drafter only),
     mtp_query_stride (rounds start at every n-th position), mtp_teacher_forcing (False: the drafter reads its own greedy
@@ -34,6 +38,8 @@ class LossConfig:
     logits held at once), vocab_shards (devices over which the table's vocabulary axis is split).
     """
 
+    name: str = "next_token"
+    beta: float = 0.1
     mtp_weight: float = 1.0
     mtp_steps: int = 3
     mtp_decay: float = 0.8
@@ -47,6 +53,10 @@ class LossConfig:
     vocab_shards: int = 1
 
     def __post_init__(self):
+        if self.name not in LOSSES:
+            raise unknown_name("loss.name", self.name, LOSSES)
+        if self.beta <= 0:
+            raise ConfigError(f"loss.beta is {self.beta}; it must be positive")
         for name in ("mtp_query_stride", "token_chunk", "vocab_chunk", "vocab_shards"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loss.{name} is {getattr(self, name)}; it must be at least 1")
@@ -66,7 +76,7 @@ class LossConfig:
     @property
     def uses_drafter(self) -> bool:
         """Whether there is a multi-token term."""
-        return self.mtp_steps > 0 and self.mtp_weight > 0
+        return self.name == "next_token" and self.mtp_steps > 0 and self.mtp_weight > 0
 
     def step_weights(self) -> list[float]:
         """Normalised weight of each draft step."""
@@ -91,6 +101,11 @@ def shifted_weights(loss_mask: jax.Array, segment_ids: jax.Array, shift: int) ->
     """f32 (B, T): weight at i of the token ``shift`` places later, 0 where that leaves i's example or the row."""
     later_mask, later_segment = _shift(loss_mask, shift), _shift(segment_ids, shift)
     return jnp.where((later_segment == segment_ids) & (segment_ids != 0), later_mask.astype(jnp.float32), 0.0)
+
+
+def next_tokens(tokens: jax.Array) -> jax.Array:
+    """What each position predicts, int32 (B, T); 0 at the end of a row."""
+    return _shift(tokens, 1)
 
 
 def _shift(x, shift):
@@ -134,7 +149,7 @@ def compute_losses(
     Returns:
       f32 scalar; and the summed (not divided) loss of each term under the keys of ``denominators``.
     """
-    output = _forward(model, batch)
+    output = forward(model, batch)
     drafts = _roll(model, drafter, batch, output, config) if config.uses_drafter else None
     sums = _loss_sums(model, drafter, batch, output, drafts, config)
     scales = {"next_token": 1.0}
@@ -146,7 +161,7 @@ def compute_losses(
 
 def evaluation_sums(model, drafter, batch: Mapping[str, Any], config: LossConfig) -> dict[str, jax.Array]:
     """The summed loss of each term and, with a drafter, the counts of ``draft_agreement``, from one pass over the rows."""
-    output = _forward(model, batch)
+    output = forward(model, batch)
     if not config.uses_drafter:
         return _loss_sums(model, drafter, batch, output, None, config)
     drafts = _roll(model, drafter, batch, output, config)
@@ -154,7 +169,8 @@ def evaluation_sums(model, drafter, batch: Mapping[str, Any], config: LossConfig
     return sums | _agreement(model, drafter, batch, output, drafts, config)
 
 
-def _forward(model, batch):
+def forward(model, batch: Mapping[str, Any]):
+    """The target's pass over a batch's rows: a ``DecoderOutput``."""
     return model(
         batch["tokens"],
         positions=batch["positions"],
@@ -171,7 +187,7 @@ def _loss_sums(model, drafter, batch, output, drafts, config: LossConfig) -> dic
     table = model.embedder.table[...]
     sums = {
         "next_token": chunked_cross_entropy(
-            output.hidden, table, _shift(batch["tokens"], 1), weights, softcap=cap, spec=config.chunks
+            output.hidden, table, next_tokens(batch["tokens"]), weights, softcap=cap, spec=config.chunks
         )
     }
     return sums if drafts is None else sums | _multi_token_sums(model, drafter, batch, output, drafts, config)
@@ -238,7 +254,7 @@ def draft_agreement(model, drafter, batch: Mapping[str, Any], config: LossConfig
       ``agree_j`` and ``count_j`` for each draft step j: agreeing and supervised positions; ``probability_1``: the summed
       probability that the target gives to the first drafted token (what sampling at temperature 1 would accept).
     """
-    output = _forward(model, batch)
+    output = forward(model, batch)
     drafts = _roll(model, drafter, batch, output, config)
     return _agreement(model, drafter, batch, output, drafts, config)
 
