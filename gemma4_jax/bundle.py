@@ -239,14 +239,13 @@ def _placer(network: Network, mesh) -> hf_import.Place:
 def _assemble(network: Network, weights: Mapping[str, Any], tokenizer: Tokenizer | None, folder: Path | None = None):
     model, drafter = network.merge(weights)
     options = MediaOptions.from_folder(folder) if folder else MediaOptions()
-    template = folder / TEMPLATE if folder else None
     return Bundle(
         config=network.config,
         model=model,
         drafter=drafter,
         tokenizer=tokenizer,
         processor=Processor(tokenizer, network.config, options),
-        chat_template=template.read_text(encoding="utf-8") if template and template.is_file() else None,
+        chat_template=_chat_template(folder, tokenizer),
     )
 
 
@@ -285,6 +284,13 @@ def _save_gguf(bundle: Bundle, path: Path, dtype: str | None) -> None:
         tokenizer=bundle.tokenizer,
         chat_template=bundle.chat_template,
         dtype=dtype or bundle.config.param_dtype,
+def _chat_template(folder: Path | None, tokenizer: Tokenizer | None) -> str | None:
+    """The folder's ``chat_template.jinja``, else the one inside of its ``tokenizer_config.json``."""
+    if folder and (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    return tokenizer.chat_template if tokenizer else None
+
+
     )
 
 

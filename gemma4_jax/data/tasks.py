@@ -11,6 +11,7 @@ import importlib.util
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from gemma4_jax.errors import DataError
 
@@ -27,6 +28,7 @@ TONES = {
 SAMPLE_RATE = 16_000
 TONE_SECONDS, PAUSE_SECONDS = 0.08, 0.04
 HELDOUT_EVERY = 6  # digits: every sixth image is held out
+VARIANTS = 6  # of each digit that is trained on
 DTMF_EXAMPLES = {"train": 8_000, "heldout": 300}
 
 
@@ -37,7 +39,11 @@ def question(kind: str, source: Any, text: str, answer: str) -> dict[str, Any]:
 
 
 class Digits:
-    """The 1 797 handwritten digits of scikit-learn, 8x8 pixels in 17 greys, each with its name."""
+    """The 1 797 handwritten digits of scikit-learn, 8x8 pixels in 17 greys, each with its name.
+
+    The training split has each of its digits in ``VARIANTS`` forms, the first as it is, the others a little distorted:
+    so few pictures are learnt by heart otherwise.
+    """
 
     name = "digits"
     text = "Which digit?"
@@ -54,18 +60,34 @@ class Digits:
         self._labels = data.target[chosen]
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._labels) * (VARIANTS if self._split == "train" else 1)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return question("image", self._images[index], self.text, DIGIT_NAMES[self._labels[index]])
+        variant, index = divmod(index, len(self._labels))
+        image = self._images[index]
+        if variant:
+            image = distort(image, np.random.default_rng([index, variant]))
+        return question("image", image, self.text, DIGIT_NAMES[self._labels[index]])
 
     def place(self, index: int) -> str:
         """Name, split and number."""
         return f"{self.name} {self._split} {index}"
 
     def fingerprint(self) -> str:
-        """Hash of images and labels."""
-        return hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
+        """Hash of images, labels and the number of examples."""
+        return hashlib.sha256(repr(len(self)).encode() + self._images.tobytes() + self._labels.tobytes()).hexdigest()
+
+
+def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Grey pixels (H, W) uint8 turned by up to 10 degrees, moved by up to half a pixel, scaled by up to 10 %."""
+    height, width = image.shape
+    angle, scale = np.deg2rad(rng.uniform(-10, 10)), rng.uniform(0.9, 1.1)
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    centre = np.array([width, height]) / 2
+    offset = centre - turn @ centre + rng.uniform(-0.5, 0.5, 2)
+    matrix = np.column_stack([turn, offset]).ravel()
+    moved = Image.fromarray(image).transform((width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+    return np.asarray(moved)
 
 
 class Dtmf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,6 +60,8 @@ class TerminalChat:
                     self._command(line)
                 else:
                     self._say(line)
+            except KeyboardInterrupt:  # stops the reply; at the prompt it ends the program
+                self._write("\n! stopped; this turn is forgotten\n")
             except (PromptError, MediaError, OSError) as error:
                 self._write(f"! {error}\n")
 
@@ -80,18 +83,21 @@ class TerminalChat:
     def _command(self, line: str):
         name, _, argument = line.partition(" ")
         # Files dropped on a terminal arrive quoted.
-        path = " ".join(shlex.split(argument)) if name in (*_ATTACH, "/save") else ""
+        path = _unquoted(argument) if name in (*_ATTACH, "/save") else ""
         if name in _ATTACH:
             if not Path(path).is_file():
                 raise PromptError(f"{name}: {path!r} is not a file")
-            self._attached[_ATTACH[name]].append(path)
+            self._attached[_ATTACH[name]].append(os.path.abspath(path))  # so that a saved chat can be moved
             self._write(f"added {path}\n")
         elif name == "/think":
             self._chat.thinking = not self._chat.thinking
             self._write(f"thinking is {'on' if self._chat.thinking else 'off'}\n")
         elif name == "/reset":
             self._chat.reset()
+            self._attached = {kind: [] for kind in self._attached}
             self._write("forgotten\n")
+        elif name == "/save" and not path:
+            raise PromptError("/save: give the path of a file")
         elif name == "/save":
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self._chat.history}, ensure_ascii=False, default=_as_json) + "\n")
@@ -127,6 +133,15 @@ def chat_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``Chat`` in a section ``chat``, all but the switch for thinking."""
     sampling = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     return {"system": section["system"] or None, **{name: section[name] for name in sampling}}
+
+
+def _unquoted(argument: str) -> str:
+    """A path as a shell would read it; as it is when that is not how it was meant (``it's.png``)."""
+    argument = argument.strip()
+    try:
+        return argument if Path(argument).exists() else " ".join(shlex.split(argument))
+    except ValueError:
+        return argument
 
 
 def _as_json(value: Any) -> Any:

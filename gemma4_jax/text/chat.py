@@ -46,6 +46,7 @@ ROLES = {
 MEDIA_KINDS = {"image": IMAGE, "audio": AUDIO, "video": VIDEO}
 THOUGHT = "thought\n"
 EMPTY_THOUGHT = (CHANNEL, THOUGHT, END_CHANNEL)
+_MOST_REPEATED = 1_000_000  # of a template's products
 
 Message = Mapping[str, Any]
 
@@ -328,13 +329,31 @@ def _shielded(value: Any, codes: Mapping[str, str]) -> Any:
     return value
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which neither a product nor a power makes something huge."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Multiply or take a power, unless the result would be huge."""
+        sizes = [_magnitude(left), _magnitude(right)]
+        huge = {"**": sizes[1] > 64, "*": sizes[0] * sizes[1] > _MOST_REPEATED}
+        if huge[operator]:
+            raise jinja2.sandbox.SecurityError(f"the result of {operator!r} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _magnitude(value: Any) -> float:
+    if isinstance(value, (int, float)):
+        return abs(value)
+    return len(value) if isinstance(value, (str, list, tuple)) else 1
+
+
 def _environment() -> jinja2.Environment:
     def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

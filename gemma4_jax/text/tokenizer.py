@@ -106,6 +106,25 @@ class Tokenizer:
         settings = self.settings if self.settings is not None else _default_settings()
         return json.dumps(settings, indent=2) + "\n"
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template that its ``tokenizer_config.json`` holds: a text, or of a list of named ones the one named default.
+
+        Raises:
+          PromptError: it is neither.
+        """
+        found = (self.settings or {}).get("chat_template")
+        if isinstance(found, list):
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            if "default" not in named:
+                raise PromptError(
+                    f"tokenizer_config.json: chat_template has no default; choices: {', '.join(map(str, named))}"
+                )
+            found = named["default"]
+        if found is not None and not isinstance(found, str):
+            raise PromptError(f"tokenizer_config.json: chat_template is {type(found).__name__}; a text is expected")
+        return found
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer.from_json, (self._backend.to_str(), self.settings)
 
