@@ -8,7 +8,8 @@
     --debug                   show tracebacks of config and data errors
     --profile                 write a JAX profiler trace of a few steps to DIR/profile
 
-Exit codes: 0 done, 2 bad config or argument, 3 bad input data, 1 anything else, 143 / 130 stopped by SIGTERM / Ctrl-C.
+Exit codes: 0 done, 2 bad config or argument, 3 bad input data, 1 anything else (a full disk, a loss that is not finite), 143 /
+130 stopped by SIGTERM / Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from pathlib import Path
 
 import experiments
 from gemma4_jax.errors import CheckpointError, ConfigError, DataError, MediaError, PromptError
-from gemma4_jax.train import profiling, run_config, sweeps
-from gemma4_jax.train.checkpoints import list_steps, write_atomically
+from gemma4_jax.train import distributed, profiling, run_config, sweeps
+from gemma4_jax.train.checkpoints import StorageError, list_steps, write_atomically
+from gemma4_jax.train.metrics import METRICS
 from gemma4_jax.train.signals import Interrupted, raise_on_sigterm
 
 ROOT = Path(__file__).resolve().parent
@@ -70,6 +72,8 @@ def main(argv: list[str]) -> int:
     try:
         with raise_on_sigterm():
             return _main(argv)
+    except (StorageError, FloatingPointError) as error:
+        return _report(error, 1, debug)
     except INPUT_ERRORS as error:
         return _report(error, 2 if isinstance(error, ConfigError) else 3, debug)
     except Interrupted as stop:
@@ -114,25 +118,39 @@ def run_one(config, workdir: Path, args: argparse.Namespace) -> int:
         plan = experiment.plan(config) if "plan" in vars(experiment) else ""
         print("\n".join(filter(None, [text, plan])))
         return 0
-    check_workdir(workdir, run_config.resolved(config), args.resume)
+    distributed.start(distributed.section(config))
     fresh = not workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / "config.json", text + "\n")
+
+    def prepare():
+        check_workdir(workdir, run_config.resolved(config), args.resume)
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(workdir / "config.json", text + "\n")
+
+    distributed.on_main(prepare)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         with profiling.requested(workdir / "profile" if args.profile else None):
             results = experiment.run(config, workdir)
     except INPUT_ERRORS:
-        if fresh and not list_steps(workdir / "checkpoints"):
+        if fresh and distributed.is_main() and not _has_begun(workdir):
             shutil.rmtree(workdir)  # made by this very call: a refused run leaves nothing half-written
         raise
-    if results is not None:
+    if results is not None and distributed.is_main():
         write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     return 0
 
 
+def _has_begun(workdir: Path) -> bool:
+    """Whether there is something to keep: steps that were trained and logged, or a checkpoint."""
+    metrics = workdir / METRICS
+    return bool(list_steps(workdir / "checkpoints")) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
 def check_workdir(workdir: Path, config: dict, resume: str) -> None:
-    """Raise ConfigError unless ``workdir`` is free, or holds the same config and ``resume`` allows to go on."""
+    """Raise ConfigError unless ``workdir`` is free, or holds the same config and ``resume`` allows to go on.
+
+    Sections that say where a run is placed (mesh, processes) may differ: it goes on there.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir {workdir} is not a folder")
     occupied = workdir.is_dir() and any(workdir.iterdir())
@@ -148,7 +166,9 @@ def check_workdir(workdir: Path, config: dict, resume: str) -> None:
         raise ConfigError(f"{workdir} is not empty and holds no config.json: not a run's folder") from None
     except ValueError:
         raise ConfigError(f"{workdir}/config.json is not JSON: not a run's folder") from None
-    changed = run_config.differences(old, config)
+    changed = [
+        difference for difference in run_config.differences(old, config) if not run_config.is_placement(difference[0])
+    ]
     if changed:
         listed = ", ".join(f"{field} ({before!r} there, {after!r} now)" for field, before, after in changed)
         raise ConfigError(f"{workdir} holds a run of another config: {listed}; choose another --workdir")

@@ -24,7 +24,7 @@ def run(config, workdir: Path) -> dict[str, Any]:
     """Train; returns the flat final numbers."""
     model = defaults.model_config(config)
     trainer = defaults.make_trainer(config, model)
-    feed = Feed(config.data, workdir)
+    feed = Feed(config.data, workdir, mesh=trainer.mesh)
     if feed.tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(f"the tokenizer has {feed.tokenizer.vocab_size} entries but the model {model.vocab_size}")
     if not config.data.tokenizer:  # one that was trained here has the control tokens, at ids of its own
@@ -54,6 +54,7 @@ def training_results(trainer, config, result: TrainResult) -> dict[str, Any]:
         "tokens_per_second": result.totals.tokens_per_second,
         "input_wait_share": result.totals.input_wait_share,
         "empty_steps": int(result.totals.empty_steps),
+        "skipped_steps": int(result.totals.skipped_steps),
         "val_loss": evaluation["next_token_loss"],
         "val_bits_per_byte": evaluation["bits_per_byte"],
         "next_token_loss_without_mtp_delta": None,  # needs a second run: see the sweep "mtp"

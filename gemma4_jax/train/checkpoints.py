@@ -3,6 +3,7 @@
 A checkpoint is a folder with Orbax items beside plain files::
 
     params/         all weights, a nested dict of arrays: {"model": {…}, "drafter": {…}}
+    average/        moving average of the trained weights in f32 (only of runs that keep one)
     train/          optimiser state, step, random key (training checkpoints only)
     data/           the Grain iterator, one JSON file a process (training checkpoints only)
     config.json …   whatever plain files the caller adds (model configuration, tokenizer)
@@ -18,7 +19,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,10 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PARAMS = "params"
+AVERAGE = "average"
+HIGHER_IS_BETTER = ("acceptance", "mean_accepted")  # beginnings of metrics; of all others the lowest value is the best
 _READ_ERRORS = (OSError, KeyError, ValueError)  # what Orbax and tensorstore raise for damaged files
+_WRITE_ERRORS = (OSError, ValueError)  # and for files that cannot be written
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -41,6 +46,10 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+class StorageError(CheckpointError):
+    """The disk refused to take a checkpoint."""
 
 
 def save(path: str | Path, items: Mapping[str, Any], *, files: Mapping[str, str] | None = None,
@@ -56,19 +65,50 @@ def save(path: str | Path, items: Mapping[str, Any], *, files: Mapping[str, str]
     Raises:
       CheckpointError: the folder already holds a complete checkpoint, or the disk refused to write.
     """
-    path = Path(path).absolute()
-    if (path / MANIFEST).exists():
-        raise CheckpointError(f"{path} already holds a checkpoint; nothing is overwritten")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ocp.save_checkpointables(path, dict(items), overwrite=True)
-        if jax.process_index() == 0:
-            for name, text in (files or {}).items():
-                write_atomically(path / name, text)
-            manifest = {"files": _sizes(path), "metadata": dict(metadata or {})}
-            write_atomically(path / MANIFEST, json.dumps(manifest, indent=1))
-    except OSError as error:
-        raise CheckpointError(f"cannot write checkpoint {path}: {error}") from error
+    _Saving(path, items, files, metadata).result()
+
+
+class _Saving:
+    """A checkpoint on its way to disk. Arrays are on the host when the constructor returns; a thread writes them.
+
+    The arguments are those of ``save``; ``after`` is called in the thread when the manifest is written.
+    """
+
+    def __init__(self, path, items, files, metadata, after: Callable[[], None] = lambda: None):
+        self._path = Path(path).absolute()
+        self._files, self._metadata, self._after = dict(files or {}), dict(metadata or {}), after
+        self._error: BaseException | None = None
+        if (self._path / MANIFEST).exists():
+            raise CheckpointError(f"{self._path} already holds a checkpoint; nothing is overwritten")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._response = ocp.save_checkpointables_async(self._path, dict(items), overwrite=True)
+        except _WRITE_ERRORS as error:
+            raise _refused(self._path, error) from error
+        self._thread = threading.Thread(target=self._finish, name=f"checkpoint {self._path.name}")
+        self._thread.start()
+
+    def _finish(self) -> None:
+        try:
+            self._response.result()
+            if jax.process_index() == 0:
+                for name, text in self._files.items():
+                    write_atomically(self._path / name, text)
+                manifest = {"files": _sizes(self._path), "metadata": self._metadata}
+                write_atomically(self._path / MANIFEST, json.dumps(manifest, indent=1))
+                self._after()
+        except _WRITE_ERRORS as error:
+            self._error = error
+
+    def result(self) -> None:
+        """Waits for the end. Raises CheckpointError when the disk refused."""
+        self._thread.join()
+        if self._error is not None:
+            raise _refused(self._path, self._error) from self._error
+
+
+def _refused(path: Path, error: BaseException) -> StorageError:
+    return StorageError(f"cannot write checkpoint {path}: {_first_line(error)}; older ones are untouched")
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -119,13 +159,14 @@ def describe(path: str | Path, item: str = PARAMS) -> dict[str, jax.ShapeDtypeSt
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in trees.flatten(found).items()}
 
 
-def load_params(path: str | Path, target: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def load_params(path: str | Path, target: Mapping[str, Any] | None = None, *, average: bool = True) -> dict[str, Any]:
     """Weights alone, as a nested dict.
 
     Args:
       path: a checkpoint or a run's folder (its newest complete checkpoint).
       target: nested dict of ``jax.ShapeDtypeStruct`` (with shardings) that the weights must equal in names, shapes and
         dtypes. None: whatever is stored, on the first device.
+      average: take the moving average of the trained weights, in their own dtypes, where the run kept one.
 
     Raises:
       CheckpointError: no checkpoint, damaged files, or a difference, naming the first leaf.
@@ -134,7 +175,20 @@ def load_params(path: str | Path, target: Mapping[str, Any] | None = None) -> di
     read_manifest(path)
     if target is None:
         target = trees.unflatten(describe(path))
-    return restore(path, {PARAMS: target})[PARAMS]
+    found = restore(path, {PARAMS: target})[PARAMS]
+    return _averaged(path, found) if average and (path / AVERAGE).is_dir() else found
+
+
+def _averaged(path: Path, params: dict[str, Any]) -> dict[str, Any]:
+    flat = trees.flatten(params)
+    targets = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=flat[name].sharding)
+        for name, leaf in describe(path, AVERAGE).items()
+    }
+    means = trees.flatten(restore(path, {AVERAGE: trees.unflatten(targets)})[AVERAGE])
+    for name in targets:
+        flat[name] = means.pop(name).astype(flat[name].dtype)
+    return trees.unflatten(flat)
 
 
 def restore(path: str | Path, targets: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,21 +249,63 @@ def list_steps(directory: str | Path) -> list[int]:
 
 
 class Checkpoints:
-    """The numbered checkpoints of one run: ``directory/00000100`` …; the newest ``keep`` stay."""
+    """The numbered checkpoints of one run: ``directory/00000100`` ….
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    Args:
+      directory: of the run's checkpoints.
+      keep: the newest so many stay.
+      best: name of a number in a checkpoint's metadata under ``evaluation``; the checkpoint with the best one stays too.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2, best: str = ""):
         self.directory = Path(directory).absolute()
-        self.keep = keep
+        self.keep, self._best = keep, best
+        self._saving: _Saving | None = None
 
     def save(self, step: int, items: Mapping[str, Any], *, files: Mapping[str, str] | None = None,
              metadata: Mapping[str, Any] | None = None) -> Path:  # fmt: skip
-        """Write the checkpoint of a step, then delete old ones. Raises CheckpointError when it cannot be written."""
+        """Begin to write the checkpoint of a step; old ones are deleted when it is whole.
+
+        Returns when the arrays are copied, so that they may be changed or donated. At most one checkpoint is on its way:
+        the one before is waited for.
+
+        Raises:
+          CheckpointError: this one or the one before cannot be written.
+        """
+        self.wait()
         path = self.directory / step_name(step)
-        save(path, items, files=files, metadata={"step": step, **(metadata or {})})
-        if jax.process_index() == 0:
-            for old in list_steps(self.directory)[: -self.keep]:
-                self._delete(self.directory / step_name(old))
+        self._saving = _Saving(path, items, files, {"step": step, **(metadata or {})}, self._delete_old)
         return path
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk. Raises CheckpointError when it cannot be written."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """``wait`` for the end of a run that fails anyway: a refusal is logged."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            log.error("%s", error)
+
+    def best(self) -> int | None:
+        """The step of the best checkpoint by ``best``, the newest of equal ones; None without any."""
+        values = {}
+        for step in list_steps(self.directory):
+            text = (self.directory / step_name(step) / MANIFEST).read_text(encoding="utf-8")
+            value = json.loads(text)["metadata"].get("evaluation", {}).get(self._best)
+            if value is not None:
+                values[step] = value if self._best.startswith(HIGHER_IS_BETTER) else -value
+        return max(values, key=lambda step: (values[step], step), default=None)
+
+    def _delete_old(self) -> None:
+        steps = list_steps(self.directory)
+        kept = {*steps[-self.keep :], self.best() if self._best else None}
+        for old in steps:
+            if old not in kept:
+                self._delete(self.directory / step_name(old))
 
     def restore_newest(self, targets: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Restore the newest checkpoint that can be read; damaged ones are skipped with a warning.
@@ -220,6 +316,7 @@ class Checkpoints:
         Raises:
           CheckpointError: a readable checkpoint holds another tree, or every checkpoint is damaged.
         """
+        self.wait()
         steps = list_steps(self.directory)
         last_error: CheckpointError | None = None
         for step in reversed(steps):
@@ -238,6 +335,7 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what a killed process left: half-written folders and Orbax's temporary ones."""
+        self.wait()
         if jax.process_index() != 0 or not self.directory.is_dir():
             return
         for path in self.directory.iterdir():

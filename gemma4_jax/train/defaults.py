@@ -13,13 +13,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gemma4_jax.config import ModelConfig, get_preset
+from gemma4_jax.config import LoraConfig, ModelConfig, get_preset
 from gemma4_jax.data import DataOptions, data_defaults
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.losses import LossConfig
 from gemma4_jax.train import trees
+from gemma4_jax.train.distributed import DistributedConfig
 from gemma4_jax.train.optimizer import OptimizerConfig
 from gemma4_jax.train.sharding import MeshConfig
+from gemma4_jax.train.tables import trainable_table
 from gemma4_jax.train.trainer import Trainer, TrainOptions
 
 DERIVED = ("vocab_shards",)  # fields of LossConfig that follow from the mesh
@@ -29,8 +31,8 @@ def training_config(experiment: str) -> ConfigDict:
     """All sections with their defaults, locked; config files change the fields they are about.
 
     Sections: ``experiment``, ``seed``, ``model`` (a preset), ``model_overrides`` (fields of ModelConfig, those of its parts
-    in sections of their own), ``data``, ``loss``, ``optimizer``, ``train``, ``mesh``, ``samples`` (held-out prompts continued at
-    the end; 0 prompts: none).
+    in sections of their own), ``data``, ``loss``, ``optimizer``, ``train``, ``mesh``, ``distributed``, ``samples`` (held-out
+    prompts continued at the end; 0 prompts: none).
     """
     loss = {name: value for name, value in dataclasses.asdict(LossConfig()).items() if name not in DERIVED}
     config = ConfigDict(
@@ -44,6 +46,7 @@ def training_config(experiment: str) -> ConfigDict:
             "optimizer": dataclasses.asdict(OptimizerConfig()),
             "train": dataclasses.asdict(TrainOptions()),
             "mesh": dataclasses.asdict(MeshConfig()),
+            "distributed": dataclasses.asdict(DistributedConfig()),
             "samples": {"prompts": 0, "prompt_tokens": 32, "new_tokens": 128, "draft_tokens": 3},
         }
     )
@@ -80,6 +83,26 @@ def override(model: ModelConfig, config: ConfigDict) -> ModelConfig:
     return model
 
 
+def lora_defaults() -> dict[str, Any]:
+    """Fields of a ``lora`` section with their defaults; its rank 0 means no adapters."""
+    return {**dataclasses.asdict(LoraConfig()), "rank": 0}
+
+
+def adapted(model: ModelConfig, config: ConfigDict) -> ModelConfig:
+    """A loaded model's configuration with the adapters of the run's ``lora`` section.
+
+    Raises:
+      ConfigError: the model has adapters already, and not these.
+    """
+    lora = LoraConfig(**config.lora) if config.lora.rank else None
+    if model.lora is not None and model.lora != lora:
+        raise ConfigError(
+            f"the base model has adapters of rank {model.lora.rank}, but lora.rank is {config.lora.rank}; give the lora "
+            f"section of its own run, or set base.merge_adapters=True"
+        )
+    return dataclasses.replace(model, lora=lora)
+
+
 def _overrides(config: ConfigDict) -> dict[str, Any]:
     flat = trees.flatten(config.model_overrides.to_dict()) if config.model_overrides else {}
     return {name.replace(trees.SEPARATOR, "."): value for name, value in flat.items()}
@@ -93,7 +116,14 @@ def _check_length(data: DataOptions, model: ModelConfig) -> None:
 
 
 def make_trainer(config: ConfigDict, model: ModelConfig, **kwargs: Any) -> Trainer:
-    """The Trainer of a run's sections; ``kwargs`` as in ``Trainer`` (``media_kinds``, ``devices``)."""
+    """The Trainer of a run's sections; ``kwargs`` as in ``Trainer`` (``media_kinds``, ``devices``).
+
+    Raises:
+      ConfigError: as ``Trainer``, and unless loss ``dpo`` and data format ``preference`` come together.
+    """
+    if (config.loss.name == "dpo") != (config.data.format == "preference"):
+        raise ConfigError(f"loss.name {config.loss.name!r} does not go with data.format {config.data.format!r}: dpo needs "
+                          f"preference pairs, and they need dpo")  # fmt: skip
     return Trainer(
         model,
         loss=LossConfig(**config.loss),
@@ -126,6 +156,7 @@ def describe(config: ConfigDict, model: ModelConfig, trainer: Trainer) -> str:
     lines = [
         "parameters: " + ", ".join(f"{name} {size:,}" for name, size in parts.items() if size),
         f"trained: {count(trainer.names):,} of {count(shapes):,}",
+        trainable_table(shapes, trainer.names),
         "mesh: " + " x ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items()),
         "bytes per device: " + ", ".join(f"{name} {size:,}" for name, size in per_device.items()),
         f"tokens: {tokens:,} a step, {tokens * config.train.steps:,} in {config.train.steps:,} steps",

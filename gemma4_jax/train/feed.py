@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data import BatchIterator, DataOptions, get_tokenizer, learnt_bytes, make_dataset, make_processor
+from gemma4_jax.train.distributed import batch_part
 
 
 class Feed:
@@ -21,16 +22,19 @@ class Feed:
       data: the section.
       workdir: folder of the run, where a trained tokenizer and tokens are kept.
       model: of the run; conversations may then hold the media that it has inputs for.
+      mesh: of the run; says which rows of a batch this process feeds. None: one process feeds all.
 
     Raises:
       ConfigError, DataError, PromptError: as the data package raises them.
     """
 
-    def __init__(self, data: Mapping[str, Any], workdir: Path, model: ModelConfig | None = None):
+    def __init__(
+        self, data: Mapping[str, Any], workdir: Path, model: ModelConfig | None = None, mesh: Mesh | None = None
+    ):
         self.options = DataOptions.of(data)
         self.tokenizer = get_tokenizer(self.options, workdir)
         self.processor = make_processor(self.options, self.tokenizer, model)
-        place = jax.process_index(), jax.process_count(), self.processor
+        place = *((0, 1) if mesh is None else batch_part(mesh)), self.processor
         self.train = make_dataset(self.options, self.tokenizer, "train", workdir, *place)
         self.heldout = make_dataset(self.options, self.tokenizer, "heldout", workdir, *place)
         self._byte_lengths = self.tokenizer.byte_lengths()

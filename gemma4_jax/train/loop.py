@@ -6,10 +6,12 @@ all come from it, so N steps and N/2 + a new process + N/2 give the same bits.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,13 +20,14 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from gemma4_jax.config import unknown_name
 from gemma4_jax.errors import DataError
-from gemma4_jax.train import plots, profiling
+from gemma4_jax.train import distributed, plots, profiling
 from gemma4_jax.train.checkpoints import Checkpoints
-from gemma4_jax.train.metrics import MetricsWriter, Progress
+from gemma4_jax.train.metrics import MetricsWriter, NoMetrics, Progress
 from gemma4_jax.train.signals import Interrupted, StopFlag
 from gemma4_jax.train.state import TrainState, from_items, to_items
-from gemma4_jax.train.step import eval_means
+from gemma4_jax.train.step import STOP_VOTES, eval_means
 from gemma4_jax.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ class Totals:
     input_seconds: float = 0.0
     timed_tokens: float = 0.0
     empty_steps: float = 0.0
+    skipped_steps: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -94,6 +98,8 @@ def train(
       Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
       DataError: the data ended.
       CheckpointError: the checkpoints there hold another model, or cannot be written.
+      ConfigError: ``train.keep_best`` names no metric.
+      FloatingPointError: a loss or gradient that is not finite, with ``train.nan_policy`` "stop".
     """
     return _Run(trainer, data, workdir, files, given).to_the_end()
 
@@ -102,11 +108,17 @@ class _Run:
     def __init__(self, trainer: Trainer, data: Data, workdir: Path, files: Mapping[str, str], given=None):
         self.trainer, self.data, self.workdir, self.files = trainer, data, workdir, files
         self.options = trainer.options
-        self.checkpoints = Checkpoints(workdir / "checkpoints", self.options.keep)
+        best = self.options.keep_best
+        names = [*eval_means(collections.defaultdict(float), trainer.loss), "bits_per_byte"]
+        if best and best not in names:
+            raise unknown_name("train.keep_best", best, names)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", self.options.keep, best)
         self.iterator = data.train_iterator()
         self.state, self.step, self.totals = self._start(given)
         self.saved_step = self.step
+        self.voted = False
         self.evaluation: dict[str, float] = {}
+        self.evaluated_step = -1
         self.window: list[dict[str, float]] = []
 
     def _start(self, given) -> tuple[TrainState, int, Totals]:
@@ -122,18 +134,19 @@ class _Run:
         total = self.options.steps
         self.first_step = self.step
         with contextlib.ExitStack() as stack:
-            self.writer = MetricsWriter(self.workdir, self.step)
+            stack.callback(self.checkpoints.close)
+            self.writer = MetricsWriter(self.workdir, self.step) if distributed.is_main() else NoMetrics()
             stack.callback(self.writer.close)
             self.progress = Progress(total, self.step)
             stack.callback(self.progress.close)
-            stop = stack.enter_context(StopFlag().collect())
+            self.stop = stack.enter_context(StopFlag().collect())
             self.profiler = stack.enter_context(_Profiler())
             pending = None
             self.clock = time.perf_counter()
-            while self.step < total and stop.signal is None:
+            while self.step < total and not self._stopped():
                 pending = self._advance(pending)
                 self.step += 1
-                due = self.step == total or stop.signal is not None
+                due = self.step == total or self._stopped()
                 evaluate = self.step == total or _is_due(self.step, self.options.eval_every)
                 checkpoint = due or _is_due(self.step, self.options.checkpoint_every)
                 if evaluate or checkpoint:
@@ -142,13 +155,20 @@ class _Run:
                     self._between_steps(evaluate, checkpoint)
             if pending is not None:
                 self._collect(*pending)
-            if stop.signal is not None:
+            if self._stopped():
                 self._save()
-                raise Interrupted(stop.signal)
+                self.checkpoints.wait()
+                raise Interrupted(self.stop.signal or signal.SIGTERM)
             if not self.evaluation:  # a finished run started again
                 self.evaluation = self._evaluate()
-        plots.run_plots(self.workdir)
+            self.checkpoints.wait()
+        if distributed.is_main():
+            plots.run_plots(self.workdir)
         return TrainResult(self.state, self.evaluation, self.totals)
+
+    def _stopped(self) -> bool:
+        """Whether to end early: on all processes at the same step, see ``STOP_VOTES``."""
+        return self.voted if distributed.active() else self.stop.signal is not None
 
     def _advance(self, pending):
         """Dispatch one step, then fetch the metrics of the one before, while the device works on this one."""
@@ -159,6 +179,9 @@ class _Run:
         if batch is None:
             raise DataError(f"the training data ended after step {self.step} of {self.options.steps}")
         self.profiler.before(self.step - self.first_step)
+        if distributed.active():
+            votes = np.full(len(batch["tokens"]), self.stop.signal is not None, np.int32)
+            batch = {**batch, STOP_VOTES: votes}
         self.state, metrics = self.trainer.train_step(self.state, self.trainer.place(batch))
         if pending is not None:
             self._collect(*pending)
@@ -166,10 +189,13 @@ class _Run:
 
     def _collect(self, step: int, metrics) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.voted |= values.pop(STOP_VOTES, 0.0) > 0
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
+        self._check_finite(step, values)
         self.totals.tokens += values["tokens"]
         self.totals.empty_steps += values["empty_steps"]
+        self.totals.skipped_steps += values.get("skipped_steps", 0.0)
         if step > self.first_step + 1:  # the first one compiles
             self.totals.seconds += seconds
             self.totals.timed_tokens += values["tokens"]
@@ -177,14 +203,25 @@ class _Run:
         if step % self.options.log_every == 0 or step == self.options.steps:
             self._log(step)
 
+    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+        if self.options.nan_policy == "skip" or all(math.isfinite(values[n]) for n in ("loss", "gradient_norm")):
+            return
+        raise FloatingPointError(
+            f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the newest checkpoint is of step "
+            f"{self.saved_step}. Lower optimizer.learning_rate {values['learning_rate']:.3g}, or set train.nan_policy=skip"
+        )
+
     def _log(self, step: int) -> None:
         rows, self.window = self.window, []
         if step - len(rows) == self.first_step and len(rows) > 1:
             timed = rows[1:]  # the first one compiles
         else:
             timed = rows
-        values = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "seconds"}
+        good = [row for row in rows if not row.get("skipped_steps")] or rows
+        values = {name: sum(row[name] for row in good) / len(good) for name in rows[0] if name != "seconds"}
         values["empty_steps"] = self.totals.empty_steps
+        if self.options.nan_policy == "skip":
+            values["skipped_steps"] = self.totals.skipped_steps
         values["tokens_per_second"] = sum(r["tokens"] for r in timed) / max(sum(r["seconds"] for r in timed), 1e-9)
         self.writer.write(step, "train", values)
         self.progress.show(step, values["loss"], values["tokens_per_second"])
@@ -203,22 +240,25 @@ class _Run:
         limit = options.final_eval_batches if self.step == options.steps else options.eval_batches
         for batch in self.data.heldout_batches(limit):
             found = jax.device_get(
-                self.trainer.eval_step(self.state.params, self.state.frozen, self.trainer.place(batch))
+                self.trainer.eval_step(self.state.evaluated, self.state.frozen, self.trainer.place(batch))
             )
             size += self.data.count_bytes(batch)
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
         if not sums:
             raise DataError("the held-out data is empty: nothing to evaluate on")
         means = eval_means(sums, self.trainer.loss)
-        means["bits_per_byte"] = sums["next_token"] / math.log(2.0) / max(size, 1)
+        means["bits_per_byte"] = sums["next_token"] / math.log(2.0) / max(distributed.total(size, self.trainer.mesh), 1)
         self.writer.write(self.step, "eval", means)
+        self.evaluated_step = self.step
         return means
 
     def _save(self) -> None:
         if self.saved_step == self.step:
             return
         items: dict[str, Any] = {**to_items(self.state), "data": self.iterator}
-        metadata = {"totals": dataclasses.asdict(self.totals)}
+        metadata: dict[str, Any] = {"totals": dataclasses.asdict(self.totals)}
+        if self.evaluated_step == self.step:
+            metadata["evaluation"] = self.evaluation
         self.checkpoints.save(self.step, items, files=self.files, metadata=metadata)
         self.saved_step = self.step
 

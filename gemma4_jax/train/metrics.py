@@ -54,6 +54,16 @@ class MetricsWriter:
         self._board.close()
 
 
+class NoMetrics:
+    """Takes the place of the writer in the processes of a run that are not the first."""
+
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class Progress:
     """The progress line: step, loss, tokens/s, time left. One line a minute when ``stream`` is not a terminal."""
 

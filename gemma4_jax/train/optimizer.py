@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from gemma4_jax.config import unknown_name
 from gemma4_jax.errors import ConfigError
+from gemma4_jax.train.sharding import logical_axes
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -26,18 +28,30 @@ WEIGHT_DECAY: tuple[tuple[str, bool], ...] = (
     ("*/bias", False),
     ("*/pos_embedding*", False),
     ("*/embedder/table", True),
+    ("*/lora/[ab]", True),
     ("*_proj/weight", True),
     ("*_projection/weight", True),
     ("*/patch_dense/weight", True),
 )
+
+# What ``muon`` orthogonalises: the matrices between hidden states. Tables, vectors and all the rest are left to adamw.
+HIDDEN_MATRICES: tuple[str, ...] = ("*/self_attn/*_proj/weight", "*/mlp/*_proj/weight")
+
+MOMENT_DTYPES = ("float32", "bfloat16")
+_MUON_RMS = 0.2  # of an update before the learning rate: about AdamW's, so that one learning rate serves both
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Fields of ``config.optimizer``.
 
+    name: ``adamw``; ``adafactor``, whose second moments are rows and columns and whose steps are relative to each matrix's
+    size; ``muon`` for the matrices of ``HIDDEN_MATRICES``, with adamw for everything else at the same learning rate.
     learning_rate is the peak, reached after warmup_steps; the schedule then falls to final_fraction of it (``cosine``: over
-    the rest, ``wsd``: linearly over the last decay_fraction of the steps, ``constant``: never). clip_norm 0: no clipping.
+    the rest, ``wsd``: linearly over the last decay_fraction of the steps, ``constant``: never). weight_decay is multiplied by
+    the learning rate. b1, b2, eps: of adamw. momentum: of muon. mu_dtype: of the first moment of adamw and muon; all else is
+    f32. clip_norm 0: no clipping. lr_multipliers: pairs of a glob pattern over parameter names and a factor of the learning
+    rate; the last match decides, and unless there are none at all every trained parameter needs one.
     """
 
     name: str = "adamw"
@@ -50,16 +64,19 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95
+    mu_dtype: str = "float32"
     clip_norm: float = 1.0
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
-        for field, choices in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for field, choices in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("mu_dtype", MOMENT_DTYPES)):
             if getattr(self, field) not in choices:
                 raise unknown_name(f"optimizer.{field}", getattr(self, field), choices)
         for field in ("learning_rate", "warmup_steps", "weight_decay", "eps", "clip_norm"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"optimizer.{field} is {getattr(self, field)}; it must not be negative")
-        for field in ("b1", "b2", "final_fraction", "decay_fraction"):
+        for field in ("b1", "b2", "momentum", "final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ConfigError(f"optimizer.{field} is {getattr(self, field)}; it must be in [0, 1]")
 
@@ -100,20 +117,95 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def _adamw(config: OptimizerConfig, schedule: Schedule, decay: Mapping[str, bool]):
-    return optax.adamw(
-        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=dict(decay)
+    return optax.chain(
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype),
+        *_decayed_and_scaled(config, schedule, decay),
     )
 
 
-OPTIMIZERS: dict[str, Callable] = {"adamw": _adamw}
+def _adafactor(config: OptimizerConfig, schedule: Schedule, decay: Mapping[str, bool]):
+    return optax.chain(
+        per_matrix(
+            optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.scale_by_param_block_rms(),
+            ),
+            {name: len(logical_axes(name)) for name in decay},
+        ),
+        *_decayed_and_scaled(config, schedule, decay),
+    )
+
+
+def _muon(config: OptimizerConfig, schedule: Schedule, decay: Mapping[str, bool]):
+    # Weights are (out, in) whatever stands in front of them: optax takes further axes as so many matrices.
+    axes = contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    hidden = {name for name in decay if any(fnmatch.fnmatchcase(name, pattern) for pattern in HIDDEN_MATRICES)}
+    orthogonal = optax.chain(
+        contrib.scale_by_muon(
+            beta=config.momentum,
+            mu_dtype=config.mu_dtype,
+            weight_dimension_numbers=lambda updates: _axes(updates, axes),
+        ),
+        optax.stateless_with_tree_map(lambda update, _: _MUON_RMS * max(update.shape[-2:]) ** 0.5 * update),
+        *_decayed_and_scaled(config, schedule, decay),
+    )
+    labels = {name: "muon" if name in hidden else "adamw" for name in decay}
+    return optax.partition({"muon": orthogonal, "adamw": _adamw(config, schedule, decay)}, labels)
+
+
+def _axes(updates, axes):
+    """One ``axes`` for each leaf, and the mask for what belongs to another optimiser."""
+    return {name: leaf if isinstance(leaf, optax.MaskedNode) else axes for name, leaf in updates.items()}
+
+
+def _decayed_and_scaled(config: OptimizerConfig, schedule: Schedule, decay: Mapping[str, bool]):
+    def decays(params):
+        return {name: leaf if isinstance(leaf, optax.MaskedNode) else decay[name] for name, leaf in params.items()}
+
+    return optax.add_decayed_weights(config.weight_decay, mask=decays), optax.scale_by_learning_rate(schedule)
+
+
+def per_matrix(transform: optax.GradientTransformation, ranks: Mapping[str, int]) -> optax.GradientTransformation:
+    """A transformation of single weights, applied to each layer of stacked ones by itself.
+
+    Args:
+      transform: acts on one weight at a time, such as one that divides by a norm of the whole weight.
+      ranks: by parameter name, the dimensions of one weight; those in front of them are layers.
+    """
+
+    def mapped(function, name, leaf):
+        for _ in range(leaf.ndim - ranks[name]):
+            function = jax.vmap(function)
+        return function
+
+    def start(params):
+        return {name: mapped(transform.init, name, leaf)(leaf) for name, leaf in params.items()}
+
+    def change(updates, state, params):
+        done = {
+            name: mapped(transform.update, name, leaf)(leaf, state[name], params[name])
+            for name, leaf in updates.items()
+        }
+        return {name: update for name, (update, _) in done.items()}, {name: new for name, (_, new) in done.items()}
+
+    return optax.GradientTransformation(start, change)
+
+
+OPTIMIZERS: dict[str, Callable] = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
 
 
 def make_optimizer(config: OptimizerConfig, schedule: Schedule, names: Iterable[str]) -> optax.GradientTransformation:
     """The optax chain for f32 flat dicts with exactly these parameter names (use ``init`` and ``update`` below)."""
+    names = list(names)
     decay = decay_mask(names)
     transforms = [OPTIMIZERS[config.name](config, schedule, decay)]
     if config.clip_norm > 0:
         transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.lr_multipliers:
+        factors = lr_factors(names, config.lr_multipliers)
+        scale = optax.stateless(lambda updates, _: {name: factors[name] * leaf for name, leaf in updates.items()})
+        transforms.append(scale)
     return optax.chain(*transforms)
 
 
@@ -126,6 +218,33 @@ def decay_mask(names: Iterable[str], rules: Sequence[tuple[str, bool]] = WEIGHT_
             raise ConfigError(f"no weight-decay rule covers parameter {name}; add one to WEIGHT_DECAY")
         mask[name] = decision
     return mask
+
+
+def lr_factors(names: Sequence[str], multipliers: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Factor of the learning rate of each parameter; the last matching pattern decides.
+
+    Raises:
+      ConfigError: something else than pairs of a pattern and a factor, a pattern that matches nothing, or a parameter that
+        none matches.
+    """
+    factors: dict[str, float] = {}
+    for entry in multipliers:
+        if isinstance(entry, str) or len(entry) != 2 or not isinstance(entry[1], (int, float)) or entry[1] < 0:
+            raise ConfigError(
+                f"optimizer.lr_multipliers has {entry!r}; it takes pairs (pattern, factor), factor at least 0"
+            )
+        pattern, factor = entry
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise ConfigError(
+                f"optimizer.lr_multipliers: pattern {pattern!r} matches none of the {len(names)} trained parameters"
+            )
+        factors.update(dict.fromkeys(matches, float(factor)))
+    left = [name for name in names if name not in factors]
+    if left:
+        raise ConfigError(f"optimizer.lr_multipliers says nothing about {left[0]} and {len(left) - 1} more; "
+                          f"begin with ('*', 1.0) to leave the rest as it is")  # fmt: skip
+    return factors
 
 
 def select(names: Sequence[str], patterns: Sequence[str], field: str = "train.trainable") -> set[str]:
@@ -153,10 +272,25 @@ def init(optimizer: optax.GradientTransformation, params: Mapping[str, jax.Array
 
 
 def update(optimizer: optax.GradientTransformation, grads, state, params: Mapping[str, jax.Array]):
-    """One update in f32, stored in the parameters' dtypes. Returns (params, state)."""
+    """One update in f32, stored in the parameters' dtypes.
+
+    Returns:
+      params, state, and the update's norm over that of the parameters, f32 ().
+    """
     master = _float32(params)
     updates, state = optimizer.update(_float32(grads), state, master)
-    return {name: (master[name] + updates[name]).astype(params[name].dtype) for name in params}, state
+    ratio = optax.tree.norm(updates) / jnp.maximum(optax.tree.norm(master), 1e-30)
+    return {name: (master[name] + updates[name]).astype(params[name].dtype) for name in params}, state, ratio
+
+
+def average(average: Mapping[str, jax.Array], params: Mapping[str, jax.Array], decay: float, step: jax.Array):
+    """The moving average (f32 by name) after update number ``step`` (from 0); early ones count for more.
+
+    The decay is ``min(decay, (1 + step) / (10 + step))``, so that the initial weights are soon forgotten.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return {name: keep * leaf + (1.0 - keep) * params[name].astype(jnp.float32) for name, leaf in average.items()}
 
 
 def _float32(tree):

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from gemma4_jax.config import unknown_name
 from gemma4_jax.errors import ConfigError
 
+PLACEMENT = ("mesh", "distributed")  # sections about where a run is placed, not what it computes
 OPEN_SECTIONS = ("model_overrides",)  # hold whatever ModelConfig has; checked when the model configuration is built
 _BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
@@ -159,3 +160,8 @@ def _type_name(kind: type) -> str:
     return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}.get(
         kind.__name__, f"a {kind.__name__}"
     )
+
+
+def is_placement(field: str) -> bool:
+    """Whether a dotted field only says where a run is placed."""
+    return field.partition(".")[0] in PLACEMENT

@@ -28,14 +28,18 @@ from gemma4_jax.train import sharding, trees
 
 Params = dict[str, jax.Array]
 
+REFERENCE = "reference/"  # before the names of frozen copies of trained weights
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """The state of a run between two steps.
 
-    params: trainable weights by name. frozen: all others. opt_state: of the optimiser, f32. step: int32, updates done.
-    key: uint32 data of the run's random key.
+    params: trainable weights by name. frozen: all others; with a loss that looks back, also what the trainable ones were at
+    step 0, under ``REFERENCE``. opt_state: of the optimiser, f32. step: int32, updates done.
+    key: uint32 data of the run's random key. average: moving average of the trainable weights, f32 by name; empty without
+    ``train.ema_decay``.
     """
 
     params: Params
@@ -43,6 +47,14 @@ class TrainState:
     opt_state: Any
     step: jax.Array
     key: jax.Array
+    average: Params = dataclasses.field(default_factory=dict)
+
+    @property
+    def evaluated(self) -> Params:
+        """The trainable weights to judge and use: their average in their own dtypes if there is one, else as they are."""
+        if not self.average:
+            return self.params
+        return {name: self.average[name].astype(leaf.dtype) for name, leaf in self.params.items()}
 
 
 class Network:
@@ -141,6 +153,8 @@ def create_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     given: Mapping[str, jax.Array],
+    averaged: bool = False,
+    referenced: bool = False,
 ) -> TrainState:
     """A state at step 0; a function of the arguments alone, whatever the mesh. For jit or eval_shape.
 
@@ -148,51 +162,74 @@ def create_state(
       names: weights to train.
       seed: of the weights that are not given, and of the run's random key.
       given: weights to start from, by name; the others are drawn.
+      averaged: whether to keep a moving average of the trained weights; it starts at them.
+      referenced: whether to keep the trained weights as they are now.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     weights = {**network.init(init_key), **given}
     params = {name: weights[name] for name in network.shapes if name in names}
     frozen = {name: weights[name] for name in network.shapes if name not in names}
+    if referenced:
+        frozen |= {f"{REFERENCE}{name}": leaf for name, leaf in params.items()}
     return TrainState(
         params=params,
         frozen=frozen,
         opt_state=optimizers.init(optimizer, params),
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(run_key),
+        average={name: leaf.astype(jnp.float32) for name, leaf in params.items()} if averaged else {},
     )
+
+
+def reference_weights(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """What the trained weights were at step 0, by their own names, from a state's ``frozen``; empty if it was not kept."""
+    return {name.removeprefix(REFERENCE): leaf for name, leaf in frozen.items() if name.startswith(REFERENCE)}
+
+
+def _without_reference(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in frozen.items() if not name.startswith(REFERENCE)}
 
 
 def state_shardings(state: TrainState, config: ModelConfig, mesh: Mesh) -> TrainState:
     """Where each leaf of an (abstract) state lives: a TrainState of ``NamedSharding``."""
-    parameters = sharding.parameter_shardings({**state.params, **state.frozen}, config, mesh)
+    parameters = sharding.parameter_shardings({**state.params, **_without_reference(state.frozen)}, config, mesh)
+    frozen = {name: parameters[name.removeprefix(REFERENCE)] for name in state.frozen}
     return TrainState(
         params={name: parameters[name] for name in state.params},
-        frozen={name: parameters[name] for name in state.frozen},
+        frozen=frozen,
         opt_state=sharding.shardings_like(state.opt_state, parameters, mesh),
         step=sharding.replicated(mesh),
         key=sharding.replicated(mesh),
+        average={name: parameters[name] for name in state.average},
     )
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """Checkpoint items ``params`` and ``train``: nested pure dicts (of arrays, or of shapes for an abstract state)."""
-    return {
-        "params": trees.unflatten({**state.params, **state.frozen}),
+    """Checkpoint items ``params``, ``train`` and, if it is kept, ``average``: nested pure dicts of arrays or of shapes."""
+    items = {
+        "params": trees.unflatten({**state.params, **_without_reference(state.frozen)}),
         "train": {
             "step": state.step,
             "key": state.key,
             "optimizer": trees.unflatten(trees.named_leaves(state.opt_state)),
         },
     }
+    reference = reference_weights(state.frozen)
+    if reference:
+        items["train"]["reference"] = trees.unflatten(reference)
+    return items | ({"average": trees.unflatten(state.average)} if state.average else {})
 
 
 def from_items(items: Mapping[str, Any], like: TrainState) -> TrainState:
     """Inverse of ``to_items`` for a state of the structure of ``like``."""
     params, train = trees.flatten(items["params"]), items["train"]
+    kept = params | {f"{REFERENCE}{name}": leaf for name, leaf in trees.flatten(train.get("reference", {})).items()}
+    average = trees.flatten(items.get("average", {}))
     return TrainState(
         params={name: params[name] for name in like.params},
-        frozen={name: params[name] for name in like.frozen},
+        frozen={name: kept[name] for name in like.frozen},
         opt_state=trees.from_named_leaves(like.opt_state, trees.flatten(train["optimizer"])),
         step=train["step"],
         key=train["key"],
+        average={name: average[name] for name in like.average},
     )

@@ -17,12 +17,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma4_jax.losses import LossConfig, compute_losses, evaluation_sums, loss_denominators
+from gemma4_jax.preference import preference_denominators, preference_losses, preference_means
 from gemma4_jax.train import optimizer as optimizers
 from gemma4_jax.train.sharding import BATCH_AXES, batch_sharding, replicated
-from gemma4_jax.train.state import Network, TrainState
+from gemma4_jax.train.state import Network, TrainState, reference_weights
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+
+STOP_VOTES = "stop_votes"  # int32 (B,), in runs of several processes: who was asked to stop says so in its rows
 
 
 def gradients(
@@ -40,11 +43,10 @@ def gradients(
       gradients by name (f32 when A > 1, else in the weights' dtype); and ``loss``, ``supervised_tokens`` and the mean of
       each loss term. Without any supervised token all of them are 0.
     """
-    denominators = loss_denominators(batch, loss)
+    denominators = denominators_of(batch, loss)
 
     def micro(params, rows):
-        model, drafter = network.merge({**params, **frozen})
-        return compute_losses(model, drafter, rows, loss, denominators)
+        return _micro_losses(network, params, frozen, rows, loss, denominators)
 
     value_and_grad = jax.value_and_grad(micro, has_aux=True)
     if accumulation == 1:
@@ -59,8 +61,23 @@ def gradients(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
         ((total, sums), grads), _ = jax.lax.scan(add, zeros, _micro_batches(batch, accumulation, mesh))
     metrics = {"loss": total, "supervised_tokens": denominators["next_token"]}
+    if loss.name == "dpo":
+        return grads, metrics | preference_means(sums, denominators)
     metrics |= {f"{term}_loss": sums[term] / jnp.maximum(denominators[term], 1.0) for term in sums}
     return grads, metrics
+
+
+def denominators_of(batch: Batch, loss: LossConfig) -> dict[str, jax.Array]:
+    """What each loss term's sum over a batch is divided by; adds over micro-batches."""
+    return preference_denominators(batch) if loss.name == "dpo" else loss_denominators(batch, loss)
+
+
+def _micro_losses(network: Network, params, frozen, rows: Batch, loss: LossConfig, denominators):
+    model, drafter = network.merge({**params, **frozen})
+    if loss.name == "dpo":
+        reference, _ = network.merge({**frozen, **reference_weights(frozen)})
+        return preference_losses(model, reference, rows, loss, denominators)
+    return compute_losses(model, drafter, rows, loss, denominators)
 
 
 def _micro_batches(batch: Batch, accumulation: int, mesh: Mesh | None) -> Batch:
@@ -84,26 +101,42 @@ def make_train_step(
     accumulation: int,
     mesh: Mesh,
     shardings: TrainState,
+    ema_decay: float = 0.0,
+    skip_bad: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step ``(state, batch) -> (state, metrics)``; the state is donated.
 
-    Metrics are f32 scalars: those of ``gradients``, ``learning_rate``, ``gradient_norm`` (before clipping), ``tokens``
-    (not padding), ``empty_steps`` (1 when nothing was supervised).
+    Metrics are f32 scalars: those of ``gradients``, ``learning_rate``, ``gradient_norm`` (before clipping),
+    ``update_ratio`` (norm of the update over that of the trained weights), ``tokens`` (not padding), ``empty_steps`` (1 when
+    nothing was supervised). With ``skip_bad`` a step whose loss or gradient is not finite changes nothing but the count of
+    steps, and ``skipped_steps`` is 1. With ``STOP_VOTES`` in the batch, ``STOP_VOTES`` is how many rows carry a 1 there.
     """
 
     def train_step(state: TrainState, batch: Batch):
+        batch = dict(batch)
+        votes = batch.pop(STOP_VOTES, None)
         grads, metrics = gradients(
             network, loss, state.params, state.frozen, batch, accumulation=accumulation, mesh=mesh
         )
-        params, opt_state = optimizers.update(optimizer, grads, state.opt_state, state.params)
+        params, opt_state, ratio = optimizers.update(optimizer, grads, state.opt_state, state.params)
+        average = optimizers.average(state.average, params, ema_decay, state.step) if ema_decay else state.average
         metrics |= {
+            "update_ratio": ratio,
             "learning_rate": schedule(state.step),
             "gradient_norm": optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)),
             "tokens": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
             "empty_steps": (metrics["supervised_tokens"] == 0).astype(jnp.float32),
         }
-        state = TrainState(params, state.frozen, opt_state, state.step + jnp.int32(1), state.key)
-        return state, metrics
+        changed = (params, opt_state, average)
+        if skip_bad:
+            good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            before = (state.params, state.opt_state, state.average)
+            changed = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, before)
+            metrics["skipped_steps"] = 1.0 - good.astype(jnp.float32)
+        if votes is not None:
+            metrics[STOP_VOTES] = jnp.sum(votes, dtype=jnp.float32)
+        params, opt_state, average = changed
+        return TrainState(params, state.frozen, opt_state, state.step + jnp.int32(1), state.key, average), metrics
 
     return jax.jit(
         train_step,
@@ -119,14 +152,17 @@ def make_eval_step(
     """The compiled evaluation ``(params, frozen, batch) -> sums``; add them over batches and give them to ``eval_means``.
 
     Sums are f32 scalars: ``next_token`` (nats), ``count_next_token``, and with a drafter those of
-    ``losses.draft_agreement`` and of each draft step's loss.
+    ``losses.draft_agreement`` and of each draft step's loss; for ``dpo`` those of ``preference_losses``.
     """
 
     def eval_step(params, frozen, batch):
-        model, drafter = network.merge({**params, **frozen})
-        sums = evaluation_sums(model, drafter, batch, loss)
-        sums |= {f"count_{term}": count for term, count in loss_denominators(batch, loss).items()}
-        return sums
+        denominators = denominators_of(batch, loss)
+        if loss.name == "dpo":
+            _, sums = _micro_losses(network, params, frozen, batch, loss, denominators)
+        else:
+            model, drafter = network.merge({**params, **frozen})
+            sums = evaluation_sums(model, drafter, batch, loss)
+        return sums | {f"count_{term}": count for term, count in denominators.items()}
 
     return jax.jit(
         eval_step,
@@ -143,6 +179,9 @@ def eval_means(sums: Mapping[str, float], loss: LossConfig) -> dict[str, float]:
     steps failed independently. ``acceptance_sampled_1`` is the probability that the target gives to the first drafted token:
     how often sampling at temperature 1 keeps it when drafting by argmax.
     """
+    if loss.name == "dpo":
+        counts = {term: sums[f"count_{term}"] for term in ("next_token", "preference")}
+        return {name: float(value) for name, value in preference_means(sums, counts).items()}
     means = {"next_token_loss": sums["next_token"] / max(sums["count_next_token"], 1.0)}
     if not loss.uses_drafter:
         return means

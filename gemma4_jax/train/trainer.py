@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_jax.config import ModelConfig
+from gemma4_jax.config import ModelConfig, unknown_name
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.losses import LossConfig
 from gemma4_jax.train import optimizer as optimizers
@@ -20,6 +20,8 @@ from gemma4_jax.train import state as states
 from gemma4_jax.train import step as steps
 from gemma4_jax.train.checkpoints import compare
 
+NAN_POLICIES = ("stop", "skip")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
@@ -27,8 +29,12 @@ class TrainOptions:
 
     steps: optimiser updates. accumulation: micro-batches of one update. log_every, eval_every, checkpoint_every: in steps
     (0: never; the last step is always evaluated and saved). eval_batches, final_eval_batches: held-out batches of an
-    evaluation on the way and of the last one (0: all). keep: newest checkpoints to keep. trainable: glob patterns over
-    parameter names, ``!pattern`` leaves out, the last match decides.
+    evaluation on the way and of the last one (0: all). keep: newest checkpoints to keep. keep_best: an evaluation's metric,
+    whose best checkpoint is kept as well ("": none; the lowest value, of acceptance the highest). ema_decay: keep a moving
+    average of the trained weights, which evaluation and ``g4.load`` then use (0: none). nan_policy: at a loss or gradient
+    that is not finite ``stop`` with an error, or ``skip`` the update and count it. memory_limit_gb: what ``--dry_run``
+    compares a device's peak with (0: nothing). trainable: glob patterns over parameter names, ``!pattern`` leaves out, the
+    last match decides.
     """
 
     steps: int = 1000
@@ -39,15 +45,28 @@ class TrainOptions:
     final_eval_batches: int = 0
     checkpoint_every: int = 0
     keep: int = 2
+    keep_best: str = ""
+    ema_decay: float = 0.0
+    nan_policy: str = "stop"
+    memory_limit_gb: float = 0.0
     trainable: tuple[str, ...] = ("*",)
 
     def __post_init__(self):
         for name in ("steps", "accumulation", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("eval_every", "eval_batches", "final_eval_batches", "checkpoint_every"):
+        for name in ("eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "memory_limit_gb"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"train.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        if self.nan_policy not in NAN_POLICIES:
+            raise unknown_name("train.nan_policy", self.nan_policy, NAN_POLICIES)
+        if self.keep_best and (not self.eval_every or self.checkpoint_every % self.eval_every):
+            raise ConfigError(
+                f"train.keep_best {self.keep_best!r} needs an evaluation at every checkpoint, but train.checkpoint_every "
+                f"{self.checkpoint_every} is not a multiple of train.eval_every {self.eval_every}"
+            )
 
 
 class Trainer:
@@ -93,7 +112,8 @@ class Trainer:
         self.names = states.trainable_names(self.network, self.loss, options.trainable, media_kinds)
         schedule = optimizers.make_schedule(optimizer, options.steps)
         self.optimizer = optimizers.make_optimizer(optimizer, schedule, sorted(self.names))
-        create = functools.partial(states.create_state, self.network, self.names, self.optimizer, seed)
+        create = functools.partial(states.create_state, self.network, self.names, self.optimizer, seed,
+                                   averaged=options.ema_decay > 0, referenced=loss.name == "dpo")  # fmt: skip
         shapes = jax.eval_shape(create, {})
         self.shardings = states.state_shardings(shapes, model, self.mesh)
         self.abstract = jax.tree.map(
@@ -106,6 +126,7 @@ class Trainer:
         self.train_step = steps.make_train_step(
             self.network, self.loss, self.optimizer, schedule,
             accumulation=options.accumulation, mesh=self.mesh, shardings=self.shardings,
+            ema_decay=options.ema_decay, skip_bad=options.nan_policy == "skip",
         )  # fmt: skip
         self.eval_step = steps.make_eval_step(self.network, self.loss, mesh=self.mesh, shardings=self.shardings)
 

@@ -1,6 +1,8 @@
 """Checkpoints: strict, atomic, readable, movable between meshes."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,44 @@ def test_saved_on_eight_devices_restored_on_others(tmp_path, mesh):
     np.testing.assert_array_equal(np.asarray(loaded), np.asarray(tree["w"]))
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 2.5}
+    for metric, best in (("next_token_loss", 2), ("acceptance_1", 1)):
+        run = ckpt.Checkpoints(tmp_path / metric, keep=2, best=metric)
+        assert run.best() is None
+        for step, loss in losses.items():
+            metadata = {} if loss is None else {"evaluation": {metric: loss}}
+            run.save(step, {"params": {"w": jnp.full((2,), step)}}, metadata=metadata)
+        run.wait()
+        assert run.best() == best
+        assert ckpt.list_steps(run.directory) == [best, 4, 5]
+
+
+def test_arrays_may_be_donated_while_they_are_written(tmp_path):
+    """The thread writes what was there when save returned, whatever happens to the buffers."""
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    run = ckpt.Checkpoints(tmp_path, keep=9)
+    tree = {f"w{i}": jnp.arange(200_000, dtype=jnp.float32).reshape(400, 500) + i for i in range(4)}
+    expected = jax.tree.map(lambda x: np.array(x, copy=True), tree)
+    for step in (1, 2):
+        run.save(step, {"params": tree})
+        overwrite(overwrite(tree))
+        tree = jax.tree.map(jnp.array, expected)
+    run.wait()
+    for step in (1, 2):
+        assert_equal(ckpt.load_params(tmp_path / ckpt.step_name(step)), expected)
+
+
+def test_the_average_goes_before_the_weights(tmp_path):
+    """Raw weights stay readable; the average of those that have one is used otherwise, in their dtypes."""
+    mean = {"model": {"layers": {"0": {"weight": jnp.full((5,), 0.3, jnp.float32)}}}}
+    ckpt.save(tmp_path / "c", {"params": weights(), "average": mean})
+    assert_equal(ckpt.load_params(tmp_path / "c", average=False), weights())
+    expected = weights()
+    expected["model"]["layers"]["0"]["weight"] = jnp.full((5,), 0.3, jnp.bfloat16)
+    assert_equal(ckpt.load_params(tmp_path / "c", shapes(weights())), expected)
+
+
 def test_nothing_is_overwritten(saved):
     with pytest.raises(CheckpointError, match="already holds a checkpoint"):
         ckpt.save(saved, {"params": weights()})
@@ -98,6 +138,7 @@ def test_keep_last_and_newest(tmp_path):
     run = ckpt.Checkpoints(tmp_path / "checkpoints", keep=2)
     for step in (1, 2, 3):
         run.save(step, {"params": weights()})
+    run.wait()
     assert ckpt.list_steps(run.directory) == [2, 3]
     assert ckpt.newest(tmp_path).name == ckpt.step_name(3)
     _, metadata = run.restore_newest({"params": shapes(weights())})
@@ -131,6 +172,7 @@ def test_damaged_newest_is_skipped(tmp_path, caplog, damage):
     run = ckpt.Checkpoints(tmp_path / "checkpoints", keep=3)
     for step in (1, 2):
         run.save(step, {"params": weights()})
+    run.wait()
     damage(run.directory / ckpt.step_name(2))
     run.clean()
     items, metadata = run.restore_newest({"params": shapes(weights())})
@@ -142,6 +184,7 @@ def test_damaged_newest_is_skipped(tmp_path, caplog, damage):
 def test_all_damaged_is_an_error(tmp_path):
     run = ckpt.Checkpoints(tmp_path, keep=3)
     run.save(1, {"params": weights()})
+    run.wait()
     truncate(run.directory / ckpt.step_name(1))
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read.*00000001 is damaged"):
         run.restore_newest({"params": shapes(weights())})
@@ -157,6 +200,7 @@ def test_a_wrong_model_is_refused_not_skipped(tmp_path):
 def test_half_written_folders_are_removed(tmp_path):
     run = ckpt.Checkpoints(tmp_path, keep=3)
     run.save(1, {"params": weights()})
+    run.wait()
     for name in ("00000002", "00000003.orbax-checkpoint-tmp"):
         (tmp_path / name).mkdir()
     run.clean()
@@ -171,8 +215,36 @@ def test_nothing_there(tmp_path):
 
 def test_disk_that_refuses(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(CheckpointError, match="cannot write checkpoint"):
+    with pytest.raises(ckpt.StorageError, match="cannot write checkpoint"):
         ckpt.save(tmp_path / "file" / "c", {"params": weights()})
+
+
+FULL_DISK = """
+import resource, sys
+import jax.numpy as jnp
+from gemma4_jax.errors import CheckpointError
+from gemma4_jax.train import checkpoints
+run = checkpoints.Checkpoints(sys.argv[1], keep=1)
+run.save(1, {"params": {"w": jnp.zeros((8,))}})
+run.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+noise = (jnp.arange(200_000) * 7919 % 65_521).astype(jnp.float32)  # does not compress
+run.save(2, {"params": {"w": noise}})
+try:
+    run.save(3, {"params": {"w": noise}})
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_harms_no_older_checkpoint(tmp_path):
+    """The system refuses to let any file grow: the next save says so, and the one before the refusal is whole."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "c")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
+    (line,) = done.stdout.splitlines()
+    assert "cannot write checkpoint" in line and "00000002: " in line and "older ones are untouched" in line
+    assert ckpt.list_steps(tmp_path / "c") == [1]
+    np.testing.assert_array_equal(ckpt.load_params(tmp_path / "c" / ckpt.step_name(1))["w"], np.zeros(8))
 
 
 def test_a_training_state_survives(trainer, tmp_path):

@@ -1,14 +1,19 @@
 """Optimiser: f32 moments, the AdamW formula, schedules, masks and selections."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
 from gemma4_jax.config import get_preset
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.losses import LossConfig
 from gemma4_jax.train import optimizer as opt
+from gemma4_jax.train import trees
 from gemma4_jax.train.state import Network, trainable_names, untrained
 
 NAMES = ("model/embedder/table", "model/final_norm/weight")
@@ -27,7 +32,7 @@ def test_moments_are_f32_for_bf16_parameters():
     optimizer = opt.make_optimizer(opt.OptimizerConfig(), lambda _: 1e-3, NAMES)
     params = parameters(jnp.bfloat16)
     state = opt.init(optimizer, params)
-    new, state = opt.update(optimizer, params, state, params)
+    new, state, _ = opt.update(optimizer, params, state, params)
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert len(floats) == 4 and all(leaf.dtype == jnp.float32 for leaf in floats)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in new.values())
@@ -46,7 +51,8 @@ def test_adamw_equals_its_formula():
     rng = np.random.default_rng(1)
     for t in range(1, 4):
         grads = {name: rng.normal(size=leaf.shape) for name, leaf in w.items()}
-        params, state = opt.update(optimizer, {k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, params)
+        moved = {k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}
+        params, state, _ = opt.update(optimizer, moved, state, params)
         norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
         for name, gradient in grads.items():
             g = gradient * min(1.0, 0.5 / norm)
@@ -55,6 +61,121 @@ def test_adamw_equals_its_formula():
             direction = m[name] / (1 - 0.9**t) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-8)
             w[name] -= 0.1 * (direction + (0.3 * w[name] if name == NAMES[0] else 0.0))
             np.testing.assert_allclose(params[name], w[name], rtol=2e-5, atol=1e-6)
+
+
+def stacked_and_single(shape, layers, seed=0):
+    """Weights and three gradients of a (2, layers / 2) stack of matrices and of a vector in each layer."""
+    rng = np.random.default_rng(seed)
+    lead = (2, layers // 2)
+    names = {"model/groups/runs/0/mlp/up_proj/weight": shape, "model/groups/runs/0/input_layernorm/weight": shape[-1:]}
+
+    def draw():
+        return {
+            name: jnp.asarray(
+                rng.normal(scale=rng.uniform(0.1, 2.0, (*lead, 1, 1)[: 2 + len(s)]), size=(*lead, *s)), "float32"
+            )
+            for name, s in names.items()
+        }
+
+    return draw(), [draw() for _ in range(3)]
+
+
+def layer_of(tree, layer):
+    return {name: leaf.reshape(-1, *leaf.shape[2:])[layer] for name, leaf in tree.items()}
+
+
+def published(name):
+    """The optax optimiser that ``optimizer.name`` means, on the weights of one layer."""
+    if name == "adafactor":
+        return optax.adafactor(0.1)
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+    parts = {
+        "matrix": optax.contrib.muon(0.1, beta=0.9, consistent_rms=0.2, muon_weight_dimension_numbers=axes),
+        "vector": optax.adamw(0.1, b1=0.9, b2=0.95, weight_decay=0.0),
+    }
+    return optax.partition(parts, lambda tree: {k: "matrix" if v.ndim == 2 else "vector" for k, v in tree.items()})
+
+
+@pytest.mark.parametrize(("name", "shape"), [("muon", (6, 4)), ("muon", (3, 8)), ("adafactor", (130, 128))])
+def test_stacked_layers_move_as_if_each_were_alone(name, shape):
+    config = opt.OptimizerConfig(
+        name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.0, clip_norm=0.0, momentum=0.9
+    )
+    start, gradients = stacked_and_single(shape, layers=4)
+    optimizer = opt.make_optimizer(config, opt.make_schedule(config, 10), list(start))
+    params, state = start, opt.init(optimizer, start)
+    step = jax.jit(functools.partial(opt.update, optimizer))
+    for grads in gradients:
+        params, state, _ = step(grads, state, params)
+    single = published(name)
+    move = jax.jit(single.update)
+    for layer in range(4):
+        alone = layer_of(start, layer)
+        memory = single.init(alone)
+        for grads in gradients:
+            updates, memory = move(layer_of(grads, layer), memory, alone)
+            alone = optax.apply_updates(alone, updates)
+        for key, leaf in layer_of(params, layer).items():
+            np.testing.assert_allclose(leaf, alone[key], rtol=2e-5, atol=2e-6, err_msg=f"{key} of layer {layer}")
+
+
+def test_muon_takes_the_matrices_between_hidden_states(everything):
+    """Tables, norms and the media embedders have two moments of adamw, the others one momentum."""
+    names = sorted(set(everything.shapes) - everything.variables)
+    optimizer = opt.make_optimizer(opt.OptimizerConfig(name="muon"), lambda _: 1e-3, names)
+    state = jax.eval_shape(
+        lambda: opt.init(optimizer, {n: jnp.zeros(s.shape) for n, s in everything.shapes.items() if n in names})
+    )
+    leaves = list(trees.named_leaves(state))
+    for name in names:
+        hidden = any(part in name for part in ("/self_attn/", "/mlp/")) and name.endswith("_proj/weight")
+        held = [leaf.removesuffix(f"/{name}").rpartition("/")[2] for leaf in leaves if leaf.endswith(f"/{name}")]
+        assert sorted(held) == (["mu"] if hidden else ["mu", "nu"]), name
+    assert sum("q_proj" in name for name in names) > 2
+
+
+def test_weight_decay_is_scaled_by_the_learning_rate_everywhere():
+    """Without gradients adamw, adafactor and muon all shrink matrices by lr x decay, and nothing else."""
+    start, _ = stacked_and_single((4, 4), layers=2)
+    zero = {name: jnp.zeros_like(leaf) for name, leaf in start.items()}
+    for name in opt.OPTIMIZERS:
+        config = opt.OptimizerConfig(
+            name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5
+        )
+        optimizer = opt.make_optimizer(config, opt.make_schedule(config, 10), list(start))
+        params, _, ratio = opt.update(optimizer, zero, opt.init(optimizer, start), start)
+        for key, leaf in params.items():
+            factor = 0.95 if key.endswith("_proj/weight") else 1.0
+            np.testing.assert_allclose(leaf, factor * start[key], rtol=1e-6, err_msg=f"{name}: {key}")
+        assert 0.03 < float(ratio) <= 0.05
+
+
+def test_moments_keep_their_dtypes():
+    """``mu_dtype`` is of the first moment; the second stays f32, with bf16 parameters too."""
+    for name, mu, second in (("adamw", "bfloat16", 2), ("muon", "bfloat16", 2), ("adafactor", "float32", None)):
+        optimizer = opt.make_optimizer(opt.OptimizerConfig(name=name, mu_dtype=mu), lambda _: 1e-3, NAMES)
+        params = parameters(jnp.bfloat16)
+        state = opt.init(optimizer, params)
+        _, after, _ = opt.update(optimizer, params, state, params)
+        for tree in (state, after):
+            kinds = [leaf.dtype.name for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            if second is None:
+                assert set(kinds) == {"float32"}
+            else:
+                assert kinds.count("bfloat16") == 2 and set(kinds) == {"float32", "bfloat16"}
+
+
+def test_average_of_weights():
+    """Against the recursion in f64; the first decays are those of the warm-up."""
+    rng = np.random.default_rng(0)
+    expected = w = rng.normal(size=5)
+    mean = {"w": jnp.asarray(w, jnp.float32)}
+    for step in range(12):
+        w = rng.normal(size=5)
+        keep = min(0.6, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * w
+        mean = opt.average(mean, {"w": jnp.asarray(w, jnp.float32)}, 0.6, jnp.int32(step))
+    np.testing.assert_allclose(mean["w"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +262,12 @@ def test_dead_weights_stay_out_of_the_optimiser(everything):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "adam"}, "unknown optimizer.name 'adam'.*adamw"),
+        ({"name": "adam"}, "unknown optimizer.name 'adam'.*adamw, adafactor, muon"),
         ({"schedule": "linear"}, "unknown optimizer.schedule 'linear'.*cosine, wsd, constant"),
         ({"b1": 1.5}, "optimizer.b1 is 1.5"),
         ({"clip_norm": -1.0}, "optimizer.clip_norm is -1.0"),
+        ({"momentum": 2.0}, "optimizer.momentum is 2.0"),
+        ({"mu_dtype": "float16"}, "unknown optimizer.mu_dtype 'float16'.*float32, bfloat16"),
     ],
 )
 def test_bad_fields(fields, message):
