@@ -249,6 +249,13 @@ def _assemble(network: Network, weights: Mapping[str, Any], tokenizer: Tokenizer
     )
 
 
+def _chat_template(folder: Path | None, tokenizer: Tokenizer | None) -> str | None:
+    """The folder's ``chat_template.jinja``, else the one inside of its ``tokenizer_config.json``."""
+    if folder and (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    return tokenizer.chat_template if tokenizer else None
+
+
 def save(bundle: Bundle, path: str | Path, format: str = "checkpoint", dtype: str | None = None) -> None:
     """Write a bundle.
 
@@ -284,13 +291,6 @@ def _save_gguf(bundle: Bundle, path: Path, dtype: str | None) -> None:
         tokenizer=bundle.tokenizer,
         chat_template=bundle.chat_template,
         dtype=dtype or bundle.config.param_dtype,
-def _chat_template(folder: Path | None, tokenizer: Tokenizer | None) -> str | None:
-    """The folder's ``chat_template.jinja``, else the one inside of its ``tokenizer_config.json``."""
-    if folder and (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
-    return tokenizer.chat_template if tokenizer else None
-
-
     )
 
 
