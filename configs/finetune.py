@@ -1,13 +1,20 @@
-"""Go on training a model: all of it, or only its drafter.
+"""Go on training a model: all of it, small adapters beside its weights, or only its drafter.
 
     python launch.py --config configs/finetune.py:full --config.base.checkpoint=FOLDER \\
         --config.data.source=jsonl:conversations/*.jsonl --config.data.format=chat
+    python launch.py --config configs/finetune.py:lora --config.base.checkpoint=FOLDER …     # or :qlora, on packed weights
+    python launch.py --config configs/finetune.py:dpo --config.base.checkpoint=FOLDER --config.data.source=jsonl:pairs.jsonl
     python launch.py --config configs/finetune.py:drafter --config.base.checkpoint=FOLDER
     python launch.py --config configs/finetune.py:digits    # after configs/pretrain.py:media_base; or :dtmf
 
 FOLDER: a run's folder, one of our checkpoints or a Hugging Face folder (``--config.base.drafter=FOLDER`` adds a published
 drafter). ``drafter`` keeps the target as it is; use it after a finetune, or for a model that has no drafter yet
 (``--config.model_overrides.drafter.hidden_size=…``). Hardware: weights, gradients and two moments in f32 have to fit.
+With adapters (``lora``: 1 % of the weights or less) there are gradients and moments of the adapters alone; ``qlora`` also holds
+the frozen weights in 4 bits (``--config.base.quantization=int8``: 8). ``--dry_run`` shows what trains. ``g4.save`` of the result
+merges adapters (``huggingface``, ``gguf``) or writes them alone (``peft``). ``dpo`` trains adapters on preference pairs
+{"prompt" | "messages", "chosen", "rejected"}; with ``--config.lora.rank=0 --config.train.trainable="*"`` all weights, beside a
+frozen copy.
 Expected: ``results.json`` with the held-out loss and the drafter's acceptance per step; with ``answers.ask`` also how many
 held-out conversations the model answers right, and how many with their media blanked out (``blind_answers_…``).
 
@@ -22,7 +29,7 @@ from ml_collections import ConfigDict
 
 from gemma4_jax.config import unknown_name
 from gemma4_jax.sample.answers import AnswerOptions
-from gemma4_jax.train.defaults import training_config
+from gemma4_jax.train.defaults import lora_defaults, training_config
 
 
 def full():
@@ -30,12 +37,43 @@ def full():
     config = training_config("finetune")
     with config.unlocked():
         del config.model  # the checkpoint says what the model is; model_overrides still change single fields
-        config.base = ConfigDict({"checkpoint": "runs/quickstart", "drafter": "", "dtype": "float32"})
+        config.base = ConfigDict(
+            {
+                "checkpoint": "runs/quickstart", "drafter": "", "dtype": "float32", "quantization": "",
+                "merge_adapters": False,
+            }
+        )  # fmt: skip
+        config.lora = ConfigDict(lora_defaults())
         config.answers = ConfigDict(dataclasses.asdict(AnswerOptions()))
     config.data.update(seq_len=256, batch_size=4)
     config.loss.update(mtp_query_stride=2)
     config.optimizer.update(learning_rate=2e-4, warmup_steps=20, weight_decay=0.01)
     config.train.update(steps=200, eval_every=100, checkpoint_every=100)
+    return config
+
+
+def lora():
+    """Adapters on the attention of target and drafter; everything else stays."""
+    config = full()
+    config.lora.update(rank=8, targets=("*/self_attn/*_proj/weight",))
+    config.train.trainable = ("!*", "*/lora/*")
+    config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
+    return config
+
+
+def qlora():
+    """``lora`` on weights packed in 4 bits."""
+    config = lora()
+    config.base.quantization = "int4"
+    return config
+
+
+def dpo():
+    """``lora`` on preference pairs; the reference is the model without the adapters' change."""
+    config = lora()
+    config.data.update(format="preference", long_examples="error", seq_len=512)
+    config.loss.name = "dpo"
+    config.optimizer.learning_rate = 2e-4
     return config
 
 
@@ -54,7 +92,7 @@ def _task(source, **data):
     config.base.checkpoint = "runs/pretrain-media_base"
     config.data.update(source=source, format="chat", seq_len=192, batch_size=8, workers=1, **data)
     config.loss.mtp_weight = 0.0  # the base has no drafter
-    config.optimizer.update(warmup_steps=40, b2=0.98)
+    config.optimizer.update(warmup_steps=40, final_fraction=0.02)
     config.answers.update(ask=True, max_new_tokens=16)
     return config
 
@@ -71,11 +109,11 @@ def dtmf():
     """Write down the digits that telephone tones stand for."""
     config = _task("dtmf")
     config.optimizer.learning_rate = 3e-3
-    config.train.update(steps=600, eval_every=150, checkpoint_every=300)
+    config.train.update(steps=700, eval_every=175, checkpoint_every=350)
     return config
 
 
-KINDS = {"full": full, "drafter": drafter, "digits": digits, "dtmf": dtmf}
+KINDS = {"full": full, "lora": lora, "qlora": qlora, "dpo": dpo, "drafter": drafter, "digits": digits, "dtmf": dtmf}
 
 
 def get_config(arg="full"):

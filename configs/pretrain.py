@@ -61,7 +61,7 @@ def media_base():
     config.data.update(vocab_size=512, seq_len=128, batch_size=8)
     config.loss.mtp_weight = 0.0
     config.optimizer.update(learning_rate=3e-3, warmup_steps=50, b2=0.98)
-    config.train.update(steps=400, eval_every=200, checkpoint_every=200, final_eval_batches=32)
+    config.train.update(steps=200, eval_every=100, checkpoint_every=100, final_eval_batches=32)
     return config
 
 
