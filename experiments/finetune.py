@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
+
+import jax
 
 import gemma4_jax as g4
 from experiments import ask
 from experiments.pretrain import training_results
-from gemma4_jax.bundle import bundle_weights
-from gemma4_jax.errors import ConfigError
+from gemma4_jax.bundle import bundle_weights, load_config, merge_lora
+from gemma4_jax.errors import CheckpointError, ConfigError
 from gemma4_jax.train import checkpoints, defaults
 from gemma4_jax.train.feed import Feed
 from gemma4_jax.train.loop import train
+from gemma4_jax.train.tables import trainable_table
+
+
+def plan(config) -> str:
+    """Sizes of the run and what trains, for ``--dry_run``; media that the data may have are left out."""
+    base = config.base
+    try:
+        model = load_config(base.checkpoint, base.drafter or None)
+    except CheckpointError as error:
+        return f"no plan without the base model: {error}"
+    quantization = base.quantization or model.quantization
+    model = dataclasses.replace(model, dtype=base.dtype, param_dtype=base.dtype, quantization=quantization)
+    if base.merge_adapters:
+        model = dataclasses.replace(model, lora=None)
+    model = defaults.adapted(defaults.override(model, config), config)
+    return defaults.describe(config, model, defaults.make_trainer(config, model))
 
 
 def run(config, workdir: Path) -> dict[str, Any]:
@@ -22,12 +41,18 @@ def run(config, workdir: Path) -> dict[str, Any]:
       ConfigError: a base without a tokenizer, or sections that contradict it.
     """
     base, answers = config.base, ask.check(config)
-    bundle = g4.load(base.checkpoint, drafter=base.drafter or None, dtype=base.dtype)
+    bundle = g4.load(
+        base.checkpoint, drafter=base.drafter or None, dtype=base.dtype, quantization=base.quantization or None
+    )
+    if base.merge_adapters:
+        bundle = merge_lora(bundle)
     if bundle.tokenizer is None and not config.data.tokenizer:
         raise ConfigError(f"base.checkpoint {base.checkpoint!r} has no tokenizer.json; set config.data.tokenizer")
-    model = defaults.override(bundle.config, config)
+    model = defaults.adapted(defaults.override(bundle.config, config), config)
     feed = Feed({**config.data, "tokenizer": config.data.tokenizer or _tokenizer_of(base)}, workdir, model)
     trainer = defaults.make_trainer(config, model, media_kinds=feed.train.media_kinds)
+    if jax.process_index() == 0:
+        print(trainable_table(trainer.network.shapes, trainer.names), flush=True)
     weights = bundle_weights(bundle)
     del bundle  # its arrays are moved into the training state
     result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)), given=weights)
