@@ -31,9 +31,16 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: jax.Array, columns: slice | None = None) -> jax.Array:
         """x (..., I), or only some ``columns`` of it, -> (..., O) in x's dtype."""
-        a = self.a[...]
-        low = matmul(x, a if columns is None else a[:, columns])
+        low = matmul(x, self._inputs(columns))
         return matmul(low * self.scale, self.b[...])
+
+    def part(self, columns: slice | None) -> Adapter:
+        """An adapter of its own for some input columns, with the same outputs."""
+        return Adapter(self._inputs(columns), self.b[...], self.scale)
+
+    def _inputs(self, columns: slice | None) -> jax.Array:
+        a = self.a[...]
+        return a if columns is None else a[:, columns]
 
 
 def add_adapters(modules: Mapping[str, nnx.Module], config: LoraConfig, key: jax.Array) -> None:
