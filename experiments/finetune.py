@@ -13,9 +13,12 @@ from experiments import ask
 from experiments.pretrain import training_results
 from gemma4_jax.bundle import bundle_weights, load_config, merge_lora
 from gemma4_jax.errors import CheckpointError, ConfigError
+from gemma4_jax.preference import REWARDS
 from gemma4_jax.train import checkpoints, defaults
 from gemma4_jax.train.feed import Feed
 from gemma4_jax.train.loop import train
+from gemma4_jax.train.memory_plan import plan_devices
+from gemma4_jax.train.sharding import MeshConfig, make_mesh
 from gemma4_jax.train.tables import trainable_table
 
 
@@ -31,7 +34,8 @@ def plan(config) -> str:
     if base.merge_adapters:
         model = dataclasses.replace(model, lora=None)
     model = defaults.adapted(defaults.override(model, config), config)
-    return defaults.describe(config, model, defaults.make_trainer(config, model))
+    devices = plan_devices(MeshConfig(**config.mesh))
+    return defaults.describe(config, model, defaults.make_trainer(config, model, devices=devices))
 
 
 def run(config, workdir: Path) -> dict[str, Any]:
@@ -49,7 +53,8 @@ def run(config, workdir: Path) -> dict[str, Any]:
     if bundle.tokenizer is None and not config.data.tokenizer:
         raise ConfigError(f"base.checkpoint {base.checkpoint!r} has no tokenizer.json; set config.data.tokenizer")
     model = defaults.adapted(defaults.override(bundle.config, config), config)
-    feed = Feed({**config.data, "tokenizer": config.data.tokenizer or _tokenizer_of(base)}, workdir, model)
+    data = {**config.data, "tokenizer": config.data.tokenizer or _tokenizer_of(base)}
+    feed = Feed(data, workdir, model, make_mesh(MeshConfig(**config.mesh)))
     trainer = defaults.make_trainer(config, model, media_kinds=feed.train.media_kinds)
     if jax.process_index() == 0:
         print(trainable_table(trainer.network.shapes, trainer.names), flush=True)
@@ -57,6 +62,8 @@ def run(config, workdir: Path) -> dict[str, Any]:
     del bundle  # its arrays are moved into the training state
     result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)), given=weights)
     results = training_results(trainer, config, result)
+    if config.loss.name == "dpo":
+        results |= {name: result.evaluation[name] for name in ("preference_loss", *REWARDS)}
     return results | ask.answer_results(config, workdir, answers) if answers.ask else results
 
 

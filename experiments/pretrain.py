@@ -12,12 +12,15 @@ from gemma4_jax.errors import ConfigError
 from gemma4_jax.train import defaults
 from gemma4_jax.train.feed import Feed
 from gemma4_jax.train.loop import TrainResult, train
+from gemma4_jax.train.memory_plan import plan_devices
+from gemma4_jax.train.sharding import MeshConfig
 
 
 def plan(config) -> str:
     """Sizes of the run, for ``--dry_run``."""
+    devices = plan_devices(MeshConfig(**config.mesh))
     model = defaults.model_config(config)
-    return defaults.describe(config, model, defaults.make_trainer(config, model))
+    return defaults.describe(config, model, defaults.make_trainer(config, model, devices=devices))
 
 
 def run(config, workdir: Path) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import pytest
 import experiments
 import launch
 from gemma4_jax.errors import ConfigError
-from gemma4_jax.train import defaults, run_config
+from gemma4_jax.train import defaults, memory_plan, run_config
 
 ROOT = Path(launch.__file__).parent
 TRAINING = ["quickstart.py", "pretrain.py:tiny", "pretrain.py:small", "pretrain.py:12b"]
-GOLDEN = [*TRAINING, "finetune.py:full", "finetune.py:drafter"]
+GOLDEN = [*TRAINING, *(f"finetune.py:{kind}" for kind in ("full", "lora", "qlora", "dpo", "drafter"))]
 FILES = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -126,7 +126,7 @@ def test_12b_state_is_cut_over_all_devices(real):
     """Weights in bf16 and moments in f32: an eighth of each on every device."""
     _, _, trainer = real
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainer.abstract))
-    local = sum(defaults._local_bytes(leaf) for leaf in jax.tree.leaves(trainer.abstract))
+    local = memory_plan.local_bytes(dict(enumerate(jax.tree.leaves(trainer.abstract))))
     assert local < 1.02 * whole / 8
     floats = [leaf for leaf in jax.tree.leaves(trainer.abstract.opt_state) if leaf.ndim]
     assert all(leaf.dtype == "float32" for leaf in floats)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,7 +16,7 @@ from gemma4_jax.config import LoraConfig, ModelConfig, get_preset
 from gemma4_jax.data import DataOptions, data_defaults
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.losses import LossConfig
-from gemma4_jax.train import trees
+from gemma4_jax.train import memory_plan, trees
 from gemma4_jax.train.distributed import DistributedConfig
 from gemma4_jax.train.optimizer import OptimizerConfig
 from gemma4_jax.train.sharding import MeshConfig
@@ -32,7 +31,7 @@ def training_config(experiment: str) -> ConfigDict:
 
     Sections: ``experiment``, ``seed``, ``model`` (a preset), ``model_overrides`` (fields of ModelConfig, those of its parts
     in sections of their own), ``data``, ``loss``, ``optimizer``, ``train``, ``mesh``, ``distributed``, ``samples`` (held-out
-    prompts continued at the end; 0 prompts: none).
+    prompts continued at the end, by the weights in each of ``dtypes``; 0 prompts: none).
     """
     loss = {name: value for name, value in dataclasses.asdict(LossConfig()).items() if name not in DERIVED}
     config = ConfigDict(
@@ -47,7 +46,13 @@ def training_config(experiment: str) -> ConfigDict:
             "train": dataclasses.asdict(TrainOptions()),
             "mesh": dataclasses.asdict(MeshConfig()),
             "distributed": dataclasses.asdict(DistributedConfig()),
-            "samples": {"prompts": 0, "prompt_tokens": 32, "new_tokens": 128, "draft_tokens": 3},
+            "samples": {
+                "prompts": 0,
+                "prompt_tokens": 32,
+                "new_tokens": 128,
+                "draft_tokens": 3,
+                "dtypes": ("float32", "bfloat16"),
+            },
         }
     )
     return config.lock()
@@ -142,41 +147,18 @@ def model_json(model: ModelConfig) -> str:
 
 
 def describe(config: ConfigDict, model: ModelConfig, trainer: Trainer) -> str:
-    """What ``--dry_run`` says about a training run: sizes, without allocating anything."""
+    """What ``--dry_run`` says about a training run: sizes from the compiled step, without allocating anything."""
     shapes = trainer.network.shapes
-
-    def count(names):
-        return sum(_size(shapes[name]) for name in names)
-
     parts = model.parameters_by_part()
-    state = trainer.abstract
-    held = {"weights": {**state.params, **state.frozen}, "moments": state.opt_state, "gradients": state.params}
-    per_device = {name: sum(map(_local_bytes, _leaves(tree))) for name, tree in held.items()}
-    tokens = config.data.batch_size * config.data.seq_len
+    data, limit = config.data, config.train.memory_limit_gb
+    plan = memory_plan.measure(trainer, trainer.abstract_batch(data.batch_size, data.seq_len))
+    tokens = data.batch_size * data.seq_len
     lines = [
         "parameters: " + ", ".join(f"{name} {size:,}" for name, size in parts.items() if size),
-        f"trained: {count(trainer.names):,} of {count(shapes):,}",
         trainable_table(shapes, trainer.names),
         "mesh: " + " x ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items()),
-        "bytes per device: " + ", ".join(f"{name} {size:,}" for name, size in per_device.items()),
         f"tokens: {tokens:,} a step, {tokens * config.train.steps:,} in {config.train.steps:,} steps",
+        plan.table(),
+        *(memory_plan.advice(plan, limit, config, model.remat) if limit else ()),
     ]
     return "\n".join(lines)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return list(trees.named_leaves(tree).values()) if not isinstance(tree, Mapping) else list(tree.values())
-
-
-def _size(leaf: Any) -> int:
-    size = 1
-    for n in leaf.shape:
-        size *= n
-    return size
-
-
-def _local_bytes(leaf: Any) -> int:
-    size = leaf.dtype.itemsize
-    for n in leaf.sharding.shard_shape(leaf.shape):
-        size *= n
-    return size

@@ -14,6 +14,8 @@ from gemma4_jax.train.sharding import MeshConfig
 from gemma4_jax.train.trainer import Trainer, TrainOptions
 
 SEQ_LEN = 12
+# For comparing many steps: with small ones rounding does not grow where a gradient is about 0.
+SLOW = OptimizerConfig(learning_rate=1e-3, warmup_steps=1, eps=1e-4)
 
 
 def mini_config(**overrides):

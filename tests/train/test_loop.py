@@ -1,5 +1,6 @@
 """The loop: going on bit for bit, stopping, evaluating, logging."""
 
+import dataclasses
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import gemma4_jax
-from gemma4_jax.errors import DataError
+from gemma4_jax.errors import ConfigError, DataError
 from gemma4_jax.train import checkpoints, loop, metrics, profiling, trees
 from gemma4_jax.train.signals import Interrupted
 
@@ -122,6 +123,77 @@ def test_a_finished_run_started_again_only_evaluates(short, uninterrupted):
     data = mini.MiniData()
     again = loop.train(short, data, workdir, files={})
     assert data.seen == [] and again.evaluation == result.evaluation
+
+
+def poisoned(step, at, seen):
+    """A train step whose loss is NaN in call number ``at``."""
+
+    def run(state, batch):
+        state, found = step(state, batch)
+        seen.append(1)
+        return state, found | {"loss": np.float32("nan")} if len(seen) == at else found
+
+    return run
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(short, tmp_path, monkeypatch):
+    """In time: the checkpoint of that very step is not written."""
+    monkeypatch.setattr(short, "train_step", poisoned(short.train_step, 4, []))
+    with pytest.raises(
+        FloatingPointError, match=r"step 4: loss nan, gradient norm [\d.]+; the newest checkpoint is of step 0"
+    ):
+        loop.train(short, mini.MiniData(), tmp_path, files={})
+    assert checkpoints.list_steps(tmp_path / "checkpoints") == []
+
+
+@pytest.fixture(scope="module")
+def careful():
+    """Keeps an average and the best checkpoint, and skips what is not finite."""
+    return mini.mini_trainer(
+        steps=4, eval_every=2, eval_batches=1, final_eval_batches=1, checkpoint_every=2, keep=1, keep_best="bits_per_byte",
+        ema_decay=0.5, nan_policy="skip",
+    )  # fmt: skip
+
+
+def test_average_and_best_checkpoint(careful, tmp_path):
+    result = loop.train(careful, mini.MiniData(), tmp_path, files={})
+    state = result.state
+    means = {name: np.asarray(leaf) for name, leaf in state.average.items()}
+    stored = trees.flatten(checkpoints.load_params(tmp_path))
+    raw = trees.flatten(checkpoints.load_params(tmp_path, average=False))
+    assert means.keys() == state.params.keys()
+    for name, leaf in means.items():
+        np.testing.assert_array_equal(np.asarray(stored[name]), leaf)
+        np.testing.assert_array_equal(np.asarray(raw[name]), np.asarray(state.params[name]))
+    batch = careful.place(mini.random_batch(8, seed=100))
+    sums = careful.eval_step(state.average, state.frozen, batch)
+    judged = float(sums["next_token"]) / float(sums["count_next_token"])
+    assert result.evaluation["next_token_loss"] == pytest.approx(judged, rel=1e-6)
+    bits = {row["step"]: row["bits_per_byte"] for row in metrics.read_metrics(tmp_path) if row["kind"] == "eval"}
+    assert checkpoints.list_steps(tmp_path / "checkpoints") == sorted({min(bits, key=bits.get), 4})
+    rows = [row for row in metrics.read_metrics(tmp_path) if row["kind"] == "train"]
+    assert all(0 < row["update_ratio"] < 1 and row["skipped_steps"] == 0 for row in rows)
+
+
+def test_a_skipped_step_changes_nothing_but_the_count(careful):
+    state = careful.init()
+    sick = max(state.params)
+    state = dataclasses.replace(state, params={**state.params, sick: state.params[sick] * np.float32("nan")})
+    before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+    after, found = careful.train_step(state, careful.place(mini.random_batch()))
+    assert float(found["skipped_steps"]) == 1.0 and not np.isfinite(float(found["loss"]))
+    assert int(after.step) == int(before.step) + 1
+    for a, b in zip(jax.tree.leaves((after.params, after.opt_state, after.average)),
+                    jax.tree.leaves((before.params, before.opt_state, before.average)), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(np.asarray(a), b)
+
+
+def test_unknown_best_metric(careful, tmp_path, monkeypatch):
+    monkeypatch.setattr(careful, "options", dataclasses.replace(careful.options, keep_best="bits"))
+    with pytest.raises(ConfigError, match="unknown train.keep_best 'bits'.*next_token_loss"):
+        loop.train(careful, mini.MiniData(), tmp_path, files={})
+    with pytest.raises(ConfigError, match="checkpoint_every 3 is not a multiple of train.eval_every 2"):
+        dataclasses.replace(careful.options, checkpoint_every=3)
 
 
 def test_metrics_of_repeated_steps_are_dropped(tmp_path):
