@@ -52,10 +52,10 @@ def merged(adapted):
 ROWS = prompts_of([14, 9])
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_new_adapters_change_no_bit(remat):
+def test_new_adapters_change_no_bit():
+    """A stack of two groups and a layer left over, and the drafter."""
     kinds = ("sliding_attention", "full_attention")
-    bundle = small_bundle(remat=remat, num_hidden_layers=5, layer_types=(*kinds, *kinds, kinds[0]))
+    bundle = small_bundle(num_hidden_layers=5, layer_types=(*kinds, *kinds, kinds[0]))
     new = add_lora(bundle, EVERYWHERE)
     np.testing.assert_array_equal(g4.logits(new, ROWS), g4.logits(bundle, ROWS))
     np.testing.assert_array_equal(g4.draft_logits(new, ROWS, 2), g4.draft_logits(bundle, ROWS, 2))
@@ -109,8 +109,9 @@ def test_a_checkpoint_keeps_adapters(adapted, tmp_path):
     g4.save(adapted, tmp_path / "c")
     back = g4.load(tmp_path / "c", dtype=None)
     assert back.config == adapted.config
+    weights = bundle_weights(back)
     for name, leaf in bundle_weights(adapted).items():
-        np.testing.assert_array_equal(bundle_weights(back)[name], leaf)
+        np.testing.assert_array_equal(weights[name], leaf)
     low = bundle_weights(g4.load(tmp_path / "c", dtype="bfloat16"))
     assert {low[name].dtype.name for name in low if is_adapter(name)} == {"float32"}
     assert {low[name].dtype.name for name in low if name.endswith("weight")} == {"bfloat16"}
@@ -172,4 +173,3 @@ def test_dtype_of_adapters_is_their_own():
     low = add_lora(small_bundle(), LoraConfig(rank=2, dtype="bfloat16"))
     kinds = {leaf.dtype.name for name, leaf in bundle_weights(low).items() if is_adapter(name)}
     assert kinds == {"bfloat16"}
-    assert np.isfinite(g4.logits(low, ROWS)).all()
