@@ -26,7 +26,8 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, float]:
     """Flat results of all sides.
 
     Args:
-      options: ``model`` (preset), ``batch_size``, ``seq_len``, ``rounds``, ``remat``, ``token_chunk``.
+      options: ``model`` (preset), ``batch_size``, ``seq_len``, ``rounds``, ``remat``, ``token_chunk``, ``lora_rank`` (0: all
+        weights train; else adapters of this rank on every linear map, and the peer is ``peft``).
       threads: torch threads.
     """
     with (
@@ -37,7 +38,8 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, float]:
         sides = alternate([ours, peer, matrix], options["rounds"])
     tokens = options["batch_size"] * options["seq_len"]
     config = model_config(options)
-    operations = 6 * config.num_parameters() * tokens
+    # A frozen weight's own gradient is a third of the work that need not be done.
+    operations = (4 if config.lora else 6) * config.num_parameters() * tokens
     results = {"parameters": config.num_parameters(), "tokens_per_step": tokens}
     for side in ("ours", "transformers"):
         seconds = sides[side]["seconds"]
@@ -52,7 +54,8 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, float]:
 
 def model_config(options: dict[str, Any]) -> ModelConfig:
     """The target alone: the peer has no multi-token loss."""
-    return get_preset(options["model"], drafter=None, vision=None, audio=None, remat=options["remat"])
+    lora = {"rank": options["lora_rank"], "alpha": 16.0} if options["lora_rank"] else None
+    return get_preset(options["model"], drafter=None, vision=None, audio=None, remat=options["remat"], lora=lora)
 
 
 def _rows(config: ModelConfig, options: dict[str, Any]) -> np.ndarray:
@@ -74,7 +77,7 @@ def ours(options: dict[str, Any]):
         config,
         loss=LossConfig(mtp_steps=0, token_chunk=options["token_chunk"]),
         optimizer=dataclasses.replace(OptimizerConfig(), warmup_steps=1),
-        options=TrainOptions(),
+        options=TrainOptions(trainable=("!*", "*/lora/*") if config.lora else ("*",)),
         mesh=MeshConfig(),
         seed=0,
         batch_size=options["batch_size"],
@@ -100,18 +103,24 @@ def ours(options: dict[str, Any]):
 
 
 def transformers(options: dict[str, Any]):
-    """transformers' own model class with torch's AdamW."""
+    """transformers' own model class with torch's AdamW; with adapters, wrapped by peft."""
     import torch
 
     c = model_config(options)
     model = transformers_model(c).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    if c.lora:
+        from peft import LoraConfig, get_peft_model
+
+        maps = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+        model = get_peft_model(model, LoraConfig(r=c.lora.rank, lora_alpha=c.lora.alpha, target_modules=maps))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
     rows = torch.tensor(_rows(c, options), dtype=torch.long)
 
     def step():
         start = time.perf_counter()
         model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return {"seconds": time.perf_counter() - start}
