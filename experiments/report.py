@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import gemma4_jax as g4
-from gemma4_jax.errors import DataError
+from gemma4_jax.errors import ConfigError, DataError
+from gemma4_jax.evaluate.acceptance import kept_per_step
 from gemma4_jax.train.checkpoints import write_atomically
-
-DTYPES = ("float32", "bfloat16")
 
 
 def heldout_prompts(tokenizer, text: str, count: int, length: int) -> list[list[int]]:
@@ -28,16 +27,25 @@ def heldout_prompts(tokenizer, text: str, count: int, length: int) -> list[list[
 
 
 def sampling_results(
-    workdir: Path, prompts: Sequence[Sequence[int]], new_tokens: int, draft_tokens: int
+    workdir: Path,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    draft_tokens: int,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
 ) -> dict[str, Any]:
-    """Plain against speculative decoding, batch 1, greedy, in f32 and bf16; acceptance when sampling at temperature 1.
+    """Plain against speculative decoding, batch 1, greedy, in each dtype; acceptance when sampling at temperature 1.
 
-    Writes ``workdir/samples.md``. Rates are medians over prompts, plain and speculative runs alternating; compilation is
-    not counted.
+    Writes ``workdir/samples.md``, from the first dtype. Rates are medians over prompts, plain and speculative runs
+    alternating; compilation is not counted.
+
+    Raises:
+      ConfigError: no dtype.
     """
+    if not dtypes:
+        raise ConfigError("samples.dtypes is empty; give at least one")
     rates: dict[str, float] = {}
-    equal, outputs, accepted, sampled = True, [], None, None
-    for dtype in DTYPES:
+    equal, outputs, sampled = True, [], None
+    for dtype in dtypes:
         bundle = g4.load(workdir, dtype=dtype)
         length = max(map(len, prompts)) + new_tokens
         plain, drafting = (g4.Sampler(bundle, max_length=length, draft_tokens=k) for k in (0, draft_tokens))
@@ -47,24 +55,25 @@ def sampling_results(
         pairs = [[s.generate([prompt], **settings) for s in (plain, drafting)] for prompt in prompts]
         for name, side in (("decode", 0), ("speculative", 1)):
             rates[f"{name}_{dtype}"] = statistics.median(pair[side].stats.tokens_per_second for pair in pairs)
-        if dtype == "float32":
+        if dtype == dtypes[0]:
             equal = all(a.tokens == b.tokens for a, b in pairs)
             outputs = [b for _, b in pairs]
-            accepted = statistics.mean(b.stats.mean_accepted for _, b in pairs)
             sampled = drafting.generate(list(prompts), temperature=1.0, seed=0, **settings).stats
     write_atomically(workdir / "samples.md", samples_markdown(bundle.tokenizer, prompts, outputs))
-    best = max(DTYPES, key=lambda dtype: rates[f"speculative_{dtype}"])
+    best = max(dtypes, key=lambda dtype: rates[f"speculative_{dtype}"])
     return {
         "decode_tokens_per_second": rates[f"decode_{best}"],
         "speculative_tokens_per_second": rates[f"speculative_{best}"],
         "speculative_dtype": best,
         "speedup": rates[f"speculative_{best}"] / rates[f"decode_{best}"],
-        "speedup_vs_best_plain": rates[f"speculative_{best}"] / max(rates[f"decode_{dtype}"] for dtype in DTYPES),
+        "speedup_vs_best_plain": rates[f"speculative_{best}"] / max(rates[f"decode_{dtype}"] for dtype in dtypes),
         **{f"{name}_tokens_per_second": rate for name, rate in rates.items()},
         "speculative_equals_greedy": equal,
         "speculative_compared_tokens": new_tokens * len(prompts),
-        "tokens_per_round_greedy": accepted,
-        "acceptance_sampled": sampled.accepted_per_step[0] / max(sampled.rounds, 1),
+        "tokens_per_round_greedy": statistics.mean(output.stats.mean_accepted for output in outputs),
+        "acceptance_greedy_per_step": kept_per_step([output.stats for output in outputs]),
+        "acceptance_sampled": sampled.accepted_per_step[0] / max(sampled.rounds, 1) if draft_tokens else None,
+        "acceptance_sampled_per_step": kept_per_step([sampled]),
         "tokens_per_round_sampled": sampled.mean_accepted,
     }
 

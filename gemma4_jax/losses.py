@@ -166,7 +166,11 @@ def evaluation_sums(model, drafter, batch: Mapping[str, Any], config: LossConfig
         return _loss_sums(model, drafter, batch, output, None, config)
     drafts = _roll(model, drafter, batch, output, config)
     sums = _loss_sums(model, drafter, batch, output, drafts, config)
-    return sums | _agreement(model, drafter, batch, output, drafts, config)
+    # However a drafter was trained, agreement is measured as it is used and with the true tokens, so that numbers compare.
+    measured = dataclasses.replace(config, mtp_teacher_forcing=True, mtp_pairing="inference")
+    if measured != config:
+        drafts = _roll(model, drafter, batch, output, measured)
+    return sums | _agreement(model, drafter, batch, output, drafts, measured)
 
 
 def forward(model, batch: Mapping[str, Any]):

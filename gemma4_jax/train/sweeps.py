@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import logging
 import re
@@ -12,7 +10,7 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,7 @@ from ml_collections import ConfigDict
 
 from gemma4_jax.config import unknown_name
 from gemma4_jax.errors import ConfigError
-from gemma4_jax.train import plots, run_config
-from gemma4_jax.train.checkpoints import write_atomically
+from gemma4_jax.train import comparison, run_config
 from gemma4_jax.train.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -62,6 +59,15 @@ def _slug(overrides: dict[str, Any]) -> str:
     return re.sub(r"[^A-Za-z0-9_.=+-]+", "_", text)[:80]
 
 
+def over_seeds(overrides: Mapping[str, Any], seeds: Iterable[int] = (0, 1, 2)) -> Iterator[dict[str, Any]]:
+    """The same setting with several seeds, of weights and of the order of rows: what a ``sweep_NAME()`` yields for it.
+
+    The comparison of a sweep gives their mean and spread as one setting.
+    """
+    for seed in seeds:
+        yield {**overrides, **{field: seed for field in comparison.SEED_FIELDS}}
+
+
 def describe(members: Sequence[Member], base: ConfigDict) -> str:
     """What each member changes in the base config, one line a field."""
     lines = []
@@ -92,7 +98,7 @@ def run_all(members: Sequence[Member], workdir: Path, command: Sequence[str]) ->
         codes[member.index] = _run_process([*command, "--sweep_index", str(member.index)])
         if codes[member.index] in (128 + signal.SIGTERM, 128 + signal.SIGINT):
             raise Interrupted(codes[member.index] - 128)
-    write_comparison(members, workdir)
+    comparison.write(members, workdir)
     failed = [m.folder for m in members if codes.get(m.index)]
     if failed:
         print(f"error: {len(failed)} of {len(members)} members failed: {', '.join(failed)}", file=sys.stderr)
@@ -117,38 +123,3 @@ def is_finished(member: Member, workdir: Path) -> bool:
         return False
     old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return not run_config.differences(old, run_config.resolved(member.config))
-
-
-def write_comparison(members: Sequence[Member], workdir: Path) -> None:
-    """``sweep.csv`` (every result of every member), ``sweep.md`` (the scalars that differ), ``plots/sweep_*.png``."""
-    rows = []
-    for member in members:
-        path = workdir / member.folder / "results.json"
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        status = "finished" if path.is_file() else "failed"
-        rows.append({"member": member.folder, "status": status, **member.overrides, **results})
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(workdir / "sweep.csv", text.getvalue())
-    shown = [c for c in columns if c == "member" or len({json.dumps(row.get(c)) for row in rows}) > 1]
-    lines = ["| " + " | ".join(shown) + " |", "|" + " --- |" * len(shown)]
-    lines += ["| " + " | ".join(_cell(row.get(c)) for c in shown) + " |" for row in rows]
-    write_atomically(workdir / "sweep.md", "\n".join(lines) + "\n")
-    numbers = [c for c in shown if all(isinstance(row.get(c, 0), (int, float)) for row in rows)]
-    overridden = {field for member in members for field in member.overrides}
-    for column in numbers:
-        if column not in overridden:
-            values = [row.get(column) for row in rows]
-            plots.bars(workdir / "plots" / f"sweep_{column}.png", [row["member"] for row in rows], values, column)
-    plots.member_curves(workdir / "plots" / "sweep_loss.png", {m.folder: workdir / m.folder for m in members})
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(_cell(v) for v in value)
-    return "" if value is None else str(value).replace("|", "\\|")
