@@ -278,3 +278,32 @@ def test_bad_fields(fields, message):
 def test_warmup_longer_than_the_run():
     with pytest.raises(ConfigError, match="warmup_steps 100 is more than train.steps 10"):
         opt.make_schedule(opt.OptimizerConfig(warmup_steps=100), 10)
+
+
+def test_learning_rates_of_their_own():
+    """Factors 0 and 2 by name: nothing, and twice the step that one learning rate gives (decay included)."""
+    params = parameters(jnp.float32)
+    moved = {}
+    for multipliers in ((), (("*", 2.0), ("*/embedder/*", 0.0))):
+        config = opt.OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_steps=0, lr_multipliers=multipliers)
+        optimizer = opt.make_optimizer(config, opt.make_schedule(config, 10), NAMES)
+        new = opt.update(optimizer, params, opt.init(optimizer, params), params)[0]
+        moved[multipliers] = {name: np.asarray(new[name] - params[name]) for name in NAMES}
+    plain, own = moved.values()
+    assert np.any(plain[NAMES[0]]) and not np.any(own[NAMES[0]])
+    np.testing.assert_allclose(own[NAMES[1]], 2 * plain[NAMES[1]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "message"),
+    [
+        ((("model/final_norm/*", 2.0),), "says nothing about model/embedder/table and 0 more; begin with"),
+        ((("*", 1.0), ("drafter/*", 2.0)), "pattern 'drafter/\\*' matches none of the 2 trained parameters"),
+        (("*", 1.0), "has '\\*'; it takes pairs"),
+        ((("*", -1.0),), "takes pairs \\(pattern, factor\\), factor at least 0"),
+    ],
+)
+def test_bad_learning_rates_of_their_own(multipliers, message):
+    config = opt.OptimizerConfig(lr_multipliers=multipliers)
+    with pytest.raises(ConfigError, match=message):
+        opt.make_optimizer(config, lambda _: 1e-3, NAMES)
