@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma4_jax.config import DTYPES, LoraConfig, ModelConfig, get_preset, unknown_name
+from gemma4_jax import quantize
+from gemma4_jax.config import DTYPES, SCHEMES, LoraConfig, ModelConfig, get_preset, unknown_name
 from gemma4_jax.errors import CheckpointError, ConfigError, PromptError
-from gemma4_jax.interop import gguf_export, hf_config, hf_export, hf_import, names
+from gemma4_jax.interop import gguf_export, hf_config, hf_export, hf_import, names, peft_export
 from gemma4_jax.media import MediaOptions, Processor
 from gemma4_jax.model.decoder import Gemma4
 from gemma4_jax.model.drafter import Drafter, draft_rollout
@@ -28,7 +29,7 @@ from gemma4_jax.text.tokenizer import Tokenizer, minimum_vocab_size, train_token
 from gemma4_jax.train import checkpoints, sharding, trees
 from gemma4_jax.train.state import Network
 
-FORMATS = ("checkpoint", "huggingface", "gguf")
+FORMATS = ("checkpoint", "huggingface", "gguf", "peft")
 TEMPLATE = "chat_template.jinja"
 _LENGTH_STEP = 16  # rows are padded to a multiple, so that few lengths are compiled
 
@@ -63,6 +64,11 @@ class Bundle:
     tokenizer: Tokenizer | None = None
     processor: Processor | None = None
     chat_template: str | None = None
+
+    @property
+    def quantization(self) -> str | None:
+        """How matrices and tables are packed: None, ``int8`` or ``int4``."""
+        return self.config.quantization
 
 
 def init(
@@ -132,7 +138,8 @@ def load(
       path: a Hugging Face folder, one of our checkpoints, or a run's folder (its newest complete checkpoint).
       drafter: a Hugging Face folder of a drafter for it; not for a checkpoint of ours that holds its own.
       dtype: of weights and activations; None: as stored.
-      quantization: None.
+      quantization: ``int8`` or ``int4`` packs matrices and tables (``gemma4_jax.packed``), those of a Hugging Face folder
+        as they are read; None: as stored.
       mesh: devices to spread the weights over, with axes data, fsdp and tensor; None: the first device.
       workers: reading threads. progress: called with the bytes of each Hugging Face tensor read.
 
@@ -142,33 +149,58 @@ def load(
       PromptError: a tokenizer that cannot be read.
     """
     path = Path(path)
-    if quantization is not None:
-        raise unknown_name("quantization", quantization, (None,))
+    if quantization not in (None, *SCHEMES):
+        raise unknown_name("quantization", quantization, (None, *SCHEMES))
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, (*DTYPES, None))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
-    options = {"workers": workers, "progress": progress}
+    options = {"workers": workers, "progress": progress, "quantization": quantization}
     read = _load_published if _is_published(path) else _load_checkpoint
-    return read(path, None if drafter is None else Path(drafter), dtype, mesh, options)
+    return read(path, None if drafter is None else Path(drafter), dtype, mesh, **options)
+
+
+def load_config(path: str | Path, drafter: str | Path | None = None) -> ModelConfig:
+    """The configuration of what ``load`` reads (of a Hugging Face folder in f32), without reading weights.
+
+    Raises:
+      CheckpointError: nothing to load. ConfigError: an unsupported setting.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder")
+    if not _is_published(path):
+        config = ModelConfig.from_dict(hf_config.read_json(checkpoints.newest(path) / "config.json"))
+    else:
+        values = hf_config.read_json(path / "config.json")
+        config = hf_config.model_config(values, hf_config.read_optional_json(path / "generation_config.json"))
+    return _with_drafter(config, None if drafter is None else Path(drafter))
 
 
 def _is_published(path: Path) -> bool:
     return "model_type" in hf_config.read_optional_json(path / "config.json")
 
 
-def _load_published(path: Path, drafter: Path | None, dtype: str | None, mesh, options) -> Bundle:
+def _load_published(path: Path, drafter: Path | None, dtype: str | None, mesh, *, quantization, **options) -> Bundle:
     tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
     values = hf_config.read_json(path / "config.json")
     config = hf_config.model_config(values, hf_config.read_optional_json(path / "generation_config.json"), tokenizer)
     rows = names.target_rows(config, names.LAYOUTS[values["model_type"]])
     dtype = dtype or _stored_dtype(path, rows)
     config = _with_drafter(dataclasses.replace(config, dtype=dtype, param_dtype=dtype), drafter)
-    network = Network(config)
-    target = {name: leaf for name, leaf in network.shapes.items() if name.startswith("model/")}
-    weights = hf_import.load_weights(path, rows, target, place=_placer(network, mesh), **options)
+    network = Network(quantize.with_scheme(config, quantization))
+    weights = _read_part("model", path, rows, network, mesh, options)
     weights |= _drafter_weights(drafter, network, mesh, options)
     return _assemble(network, weights, tokenizer, path)
+
+
+def _read_part(part: str, folder: Path, rows: list[names.Row], network: Network, mesh, options) -> dict[str, Any]:
+    """Weights of ``model`` or ``drafter`` from a Hugging Face folder, packed if the network is."""
+    shapes = network.shapes
+    packed = {name: {own: shapes[own] for own in parts} for name, parts in quantize.packed_of(shapes).items()}
+    plain = shapes if not packed else Network(quantize.with_scheme(network.config, None)).shapes
+    plain = {name: leaf for name, leaf in plain.items() if name.startswith(f"{part}/")}
+    return hf_import.load_weights(folder, rows, plain, packed=packed, place=_placer(network, mesh), **options)
 
 
 def _with_drafter(config: ModelConfig, drafter: Path | None) -> ModelConfig:
@@ -181,9 +213,7 @@ def _with_drafter(config: ModelConfig, drafter: Path | None) -> ModelConfig:
 def _drafter_weights(drafter: Path | None, network: Network, mesh, options) -> dict[str, Any]:
     if drafter is None:
         return {}
-    shapes = {name: leaf for name, leaf in network.shapes.items() if name.startswith("drafter/")}
-    rows = names.drafter_rows(network.config)
-    return hf_import.load_weights(drafter, rows, shapes, place=_placer(network, mesh), **options)
+    return _read_part("drafter", drafter, names.drafter_rows(network.config), network, mesh, options)
 
 
 def _stored_dtype(path: Path, rows: list[names.Row]) -> str:
@@ -195,11 +225,13 @@ def _stored_dtype(path: Path, rows: list[names.Row]) -> str:
     return tensors[table].dtype.name
 
 
-def _load_checkpoint(path: Path, drafter: Path | None, dtype: str | None, mesh, options) -> Bundle:
+def _load_checkpoint(path: Path, drafter: Path | None, dtype: str | None, mesh, *, quantization, **options) -> Bundle:
     folder = checkpoints.newest(path)
     config = ModelConfig.from_dict(hf_config.read_json(folder / "config.json"))
     if drafter is not None and config.drafter is not None:
         raise ConfigError(f"drafter {drafter} given, but {path} is one of our checkpoints and holds its own")
+    if quantization is not None and config.quantization not in (None, quantization):
+        raise ConfigError(f"quantization {quantization!r} given, but {path} holds weights in {config.quantization!r}")
     network = Network(config)
     places = sharding.parameter_shardings(network.shapes, config, mesh) if mesh else {}
     shapes = {
@@ -210,6 +242,9 @@ def _load_checkpoint(path: Path, drafter: Path | None, dtype: str | None, mesh, 
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
         weights = _cast(weights, dtype)
+    if quantization is not None and config.quantization is None:
+        config = quantize.with_scheme(config, quantization)
+        weights = quantize.quantize_weights(weights, Network(config))
     network = Network(_with_drafter(config, drafter))
     weights |= _drafter_weights(drafter, network, mesh, options)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
@@ -217,14 +252,14 @@ def _load_checkpoint(path: Path, drafter: Path | None, dtype: str | None, mesh, 
 
 
 def _cast(weights: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
-    """Floating-point weights in another dtype; adapters keep theirs, which their own configuration says.
+    """Floating-point weights in another dtype; adapters and packed weights keep theirs.
 
     Empties ``weights``, so that no second copy of all of them exists.
     """
     cast = {}
     for name in list(weights):
         leaf = weights.pop(name)
-        changes = jnp.issubdtype(leaf.dtype, jnp.floating) and not is_adapter(name)
+        changes = jnp.issubdtype(leaf.dtype, jnp.floating) and not is_adapter(name) and not quantize.is_packed(name)
         cast[name] = leaf.astype(dtype) if changes else leaf
     return cast
 
@@ -261,7 +296,8 @@ def save(bundle: Bundle, path: str | Path, format: str = "checkpoint", dtype: st
 
     Args:
       path: a folder that does not exist yet or is empty.
-      format: ``checkpoint`` (ours; keeps adapters), ``huggingface`` or ``gguf`` (adapters merged into the weights).
+      format: ``checkpoint`` (ours; keeps adapters), ``huggingface`` or ``gguf`` (adapters merged into the weights), or
+        ``peft`` (adapters alone, for the published model).
       dtype: of the stored weights; None: as they are. GGUF also takes ``q8_0`` and ``q4_0``.
 
     Raises:
@@ -273,7 +309,8 @@ def save(bundle: Bundle, path: str | Path, format: str = "checkpoint", dtype: st
     dtypes = gguf_export.DTYPES if format == "gguf" else DTYPES
     if dtype is not None and dtype not in dtypes:
         raise unknown_name("dtype", dtype, dtypes)
-    writers = {"checkpoint": _save_checkpoint, "huggingface": _save_published, "gguf": _save_gguf}
+    writers = {"checkpoint": _save_checkpoint, "huggingface": _save_published, "gguf": _save_gguf,
+               "peft": _save_adapters}  # fmt: skip
     writers[format](bundle, Path(path), dtype)
 
 
@@ -292,6 +329,13 @@ def _save_gguf(bundle: Bundle, path: Path, dtype: str | None) -> None:
         chat_template=bundle.chat_template,
         dtype=dtype or bundle.config.param_dtype,
     )
+
+
+def _save_adapters(bundle: Bundle, path: Path, dtype: str | None) -> None:
+    weights = {name: leaf for name, leaf in bundle_weights(bundle).items() if is_adapter(name)}
+    if dtype is not None:
+        weights = {name: leaf.astype(dtype) for name, leaf in weights.items()}
+    peft_export.save_folder(path, bundle.config, weights)
 
 
 def _save_checkpoint(bundle: Bundle, path: Path, dtype: str | None) -> None:
@@ -319,9 +363,14 @@ def add_lora(bundle: Bundle, config: LoraConfig, seed: int = 0) -> Bundle:
 
 
 def merge_lora(bundle: Bundle) -> Bundle:
-    """The same function with its adapters, if it has any, added to the weights beside them, in the weights' dtype."""
+    """The same function with its adapters, if it has any, added to the weights beside them, in the weights' dtype.
+
+    Packed weights are unpacked to ``param_dtype`` first: the sum would not fit their formats.
+    """
     if bundle.config.lora is None:
         return bundle
+    if bundle.config.quantization is not None:
+        bundle = quantize.dequantize(bundle)
     config = dataclasses.replace(bundle.config, lora=None)
     weights = merge_adapters(bundle_weights(bundle), bundle.config.lora)
     model, drafter = Network(config).merge(weights)

@@ -76,7 +76,7 @@ def pack_into(weights: np.ndarray, values: np.ndarray, scale: np.ndarray) -> Non
 
 
 def _pack_rows(x: np.ndarray, values: np.ndarray, scale: np.ndarray) -> None:
-    step = np.maximum(x.max(-1, keepdims=True), -x.min(-1, keepdims=True)) / np.float32(127)
+    step = np.abs(np.maximum(x.max(-1, keepdims=True), -x.min(-1, keepdims=True))) / np.float32(127)
     x *= _inverse(step)
     size = np.abs(x)
     whole = np.floor(size)

@@ -23,11 +23,11 @@ from gemma4_jax.packed import (
     Quantized,
     QuantizedEmbedder,
     QuantizedLinear,
-    pack,
     pack_into,
     packed_shapes,
     unpack,
 )
+from gemma4_jax.train import sharding
 from gemma4_jax.train.state import Network
 
 __all__ = [
@@ -48,10 +48,9 @@ _LARGEST_PLAIN = 1_000_000  # numbers of an f32 leaf that may stay
 _TOLERANCE = 0.01
 
 
-def packed_names(name: str) -> tuple[str, str]:
-    """Names of the values and the scale of what is called ``…/weight`` or ``…/table`` when it is not packed."""
-    place = name.rpartition("/")[0]
-    return place + VALUES, place + SCALE
+def is_packed(name: str) -> bool:
+    """Whether a leaf holds packed numbers or their scales."""
+    return name.endswith((VALUES, SCALE))
 
 
 def scheme_of(name: str, scheme: str) -> str:
@@ -125,36 +124,35 @@ def quantize_weights(weights: dict[str, jax.Array], network: Network) -> dict[st
       CheckpointError: the result is not what was planned.
     """
     packed = packed_of(network.shapes)
-    plan = planned_bytes({name: leaf for name, leaf in weights.items()}, packed, network.config.quantization)
+    plan = planned_bytes(weights, packed, network.config.quantization)
     result = {}
     for name in list(weights):
         leaf = weights.pop(name)
         if name not in packed:
             result[name] = leaf
             continue
-        result.update(zip(packed[name], pack_leaf(leaf, scheme_of(name, network.config.quantization)), strict=True))
+        parts = pack_leaf(leaf, scheme_of(name, network.config.quantization))
+        for own, part in zip(packed[name], parts, strict=True):
+            result[own] = _placed(own, part, leaf, network)
     check_packed(result, network, plan)
     return result
 
 
-def pack_leaf(leaf: jax.Array, scheme: str) -> tuple[jax.Array, jax.Array]:
-    """One matrix, stacked or not, where it is: on the host when it is there, else on its devices slice by slice."""
-    if {device.platform for device in leaf.devices()} == {"cpu"} and len(leaf.devices()) == 1:
-        weights, device = np.asarray(leaf), next(iter(leaf.devices()))
-        values, scale = (np.empty(shape.shape, shape.dtype) for shape in packed_shapes(weights.shape, scheme))
-        for index in np.ndindex(*weights.shape[:-2]):
-            pack_into(weights[index], values[index], scale[index])
-        return jax.device_put(values, device), jax.device_put(scale, device)
-    return _pack_slices(leaf, scheme)
+def pack_leaf(leaf: jax.Array, scheme: str) -> tuple[np.ndarray, np.ndarray]:
+    """One matrix, stacked or not, on the host: compilers may fuse a multiplication and an addition, which rounds otherwise."""
+    weights = np.asarray(leaf)
+    values, scale = (np.empty(shape.shape, shape.dtype) for shape in packed_shapes(weights.shape, scheme))
+    for index in np.ndindex(*weights.shape[:-2]):
+        pack_into(weights[index], values[index], scale[index])
+    return values, scale
 
 
-def _pack_slices_of(leaf, scheme):
-    if leaf.ndim == 2:
-        return pack(leaf, scheme)
-    return jax.lax.map(lambda part: _pack_slices_of(part, scheme), leaf)
-
-
-_pack_slices = jax.jit(_pack_slices_of, static_argnums=1)
+def _placed(name: str, leaf: np.ndarray, like: jax.Array, network: Network) -> jax.Array:
+    """A packed leaf on the devices of the one that it came from."""
+    where = like.sharding
+    if isinstance(where, jax.sharding.NamedSharding):
+        where = sharding.parameter_shardings({name: network.shapes[name]}, network.config, where.mesh)[name]
+    return jax.device_put(leaf, where)
 
 
 def dequantize_weights(weights: Mapping[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
@@ -198,7 +196,7 @@ def check_packed(weights: Mapping[str, Any], network: Network, plan: int) -> Non
         found = weights.get(name)
         if found is None:
             raise CheckpointError(f"quantised weights lack {name}")
-        if found.shape != leaf.shape or (name.endswith((VALUES, SCALE)) and found.dtype != leaf.dtype):
+        if found.shape != leaf.shape or (is_packed(name) and found.dtype != leaf.dtype):
             raise CheckpointError(
                 f"{name} is {found.dtype}{found.shape} after quantisation, not {leaf.dtype}{leaf.shape}"
             )

@@ -1,6 +1,6 @@
 """Weights from a Hugging Face folder: checked as a whole before the first tensor is read, then streamed.
 
-Every tensor is mapped, cast straight into the slice where it belongs, and unmapped before the next: the host holds
+Every tensor is mapped a few rows at a time and cast, or quantised, straight into the slice where it belongs: the host holds
 the result and, at most, what is being placed. Pickled files are never opened.
 """
 
@@ -19,6 +19,7 @@ from gemma4_jax.errors import CheckpointError
 from gemma4_jax.interop.hf_config import read_json
 from gemma4_jax.interop.names import HEAD, Row, canonical
 from gemma4_jax.interop.safetensors_io import StoredTensor, read_header
+from gemma4_jax.packed import pack_into
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -90,6 +91,7 @@ def load_weights(
     rows: Iterable[Row],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     *,
+    packed: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]] | None = None,
     place: Place | None = None,
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
@@ -100,7 +102,8 @@ def load_weights(
       folder: holds the safetensors files.
       rows: the name table (``names.target_rows`` or ``drafter_rows``).
       shapes: shape and dtype of each of our leaves, by flat name; constants without a published tensor are filled in.
-      place: puts a finished leaf where it belongs (a device, a mesh, a quantised form); default: the first device.
+      packed: leaves to quantise: by flat name, the names and shapes of their values and scale (``gemma4_jax.packed``).
+      place: puts a finished leaf where it belongs (a device, a mesh); default: the first device.
       workers: threads that read.
       progress: called with the bytes of each tensor when it has been read.
 
@@ -112,24 +115,34 @@ def load_weights(
         reading: a weight that is not finite, a head that is not the table, a token ordering that is no permutation.
         One line naming tensor and file.
     """
-    place = place or put_on_device
+    place, packed = place or put_on_device, packed or {}
     rows, tensors = list(rows), list_tensors(folder)
     check_tensors(folder, rows, shapes, tensors)
     leaves: dict[str, list[Row]] = {}
     for row in rows:
         leaves.setdefault(row.ours, []).append(row)
 
-    def load(item: tuple[str, list[Row]]) -> tuple[str, Any]:
-        name, parts = item
-        buffer = aligned_empty(shapes[name].shape, shapes[name].dtype)
-        for row in parts:
-            _read_into(buffer if row.index is None else buffer[row.index], tensors[row.published], row)
-            if progress:
-                progress(tensors[row.published].nbytes)
-        return name, place(name, buffer)
+    def jobs() -> Iterator[tuple[dict[str, np.ndarray], Row, bool]]:
+        for name, parts in leaves.items():
+            stored = packed.get(name, {name: shapes[name]})
+            buffers = {own: aligned_empty(leaf.shape, leaf.dtype) for own, leaf in stored.items()}
+            for row in parts:
+                yield buffers, row, row is parts[-1]
 
+    def fill(job) -> tuple[dict[str, np.ndarray], bool]:
+        buffers, row, last = job
+        targets = [buffer if row.index is None else buffer[row.index] for buffer in buffers.values()]
+        read = _pack_into if row.ours in packed else _read_into
+        read(*targets, tensors[row.published], row)
+        if progress:
+            progress(tensors[row.published].nbytes)
+        return buffers, last
+
+    weights: dict[str, Any] = {}
     with ThreadPoolExecutor(workers) as pool:
-        weights = dict(_in_order(pool, load, leaves.items(), workers))
+        for buffers, last in _in_order(pool, fill, jobs(), workers):
+            if last:
+                weights |= {name: place(name, buffers[name]) for name in buffers}
     for name, leaf in shapes.items():
         if name.endswith("/layer_scalar") and name not in weights:  # families without this number multiply by 1
             weights[name] = place(name, np.ones(leaf.shape, leaf.dtype))
@@ -187,23 +200,35 @@ def check_tensors(
 
 
 def _read_into(target: np.ndarray, tensor: StoredTensor, row: Row) -> None:
-    source = tensor.read()
     if np.issubdtype(target.dtype, np.integer):
+        source = tensor.read()
         if not np.array_equal(np.sort(source), np.arange(source.size)):
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} is not a permutation of 0…{source.size - 1}")
         target[...] = source
         return
-    flat, out = source.reshape(-1), target.reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
-        block = flat[start : start + _BLOCK]
-        if not _finite(block):
-            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} holds NaN or infinite numbers")
+    for where, block in _finite_blocks(tensor):
         if row.offset:
             block = block.astype(np.float32) + np.float32(1)
         with np.errstate(over="ignore"):  # looked for below
-            out[start : start + _BLOCK] = block
-    if not _finite(out):
-        raise CheckpointError(f"{tensor.file}: tensor {tensor.name} overflows {target.dtype}")
+            target[where] = block
+        if not _finite(target[where]):
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} overflows {target.dtype}")
+
+
+def _pack_into(values: np.ndarray, scale: np.ndarray, tensor: StoredTensor, row: Row) -> None:
+    del row  # norms alone have an offset
+    for where, block in _finite_blocks(tensor):
+        with np.errstate(over="ignore"):  # looked for below
+            pack_into(block, values[where], scale[where])
+        if not _finite(scale[where]):
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} overflows a scale of {scale.dtype}")
+
+
+def _finite_blocks(tensor: StoredTensor) -> Iterator[tuple[Any, np.ndarray]]:
+    for where, block in tensor.blocks(_BLOCK):
+        if not _finite(block):
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name} holds NaN or infinite numbers")
+        yield where, block
 
 
 def _finite(block: np.ndarray) -> bool:
@@ -219,9 +244,8 @@ def _check_head(tensors: Mapping[str, StoredTensor], rows: list[Row]) -> None:
     if HEAD not in tensors:
         return
     head, table = tensors[HEAD], tensors[rows[0].published]
-    a, b = head.read().reshape(-1), table.read().reshape(-1)
-    for start in range(0, a.size, _BLOCK):
-        if not np.array_equal(a[start : start + _BLOCK], b[start : start + _BLOCK]):
+    for (_, a), (_, b) in zip(head.blocks(_BLOCK), table.blocks(_BLOCK), strict=True):
+        if not np.array_equal(a, b):
             raise CheckpointError(f"{head.file}: {HEAD} differs from {table.name}, to which it is tied")
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,21 @@ class StoredTensor:
             return np.memmap(self.file, self.dtype, "r", self.offset, self.shape or (1,)).reshape(self.shape)
         except (OSError, ValueError) as error:  # the file shrank since its header was read
             raise CheckpointError(f"{self.file}: cannot read tensor {self.name}: {error}") from error
+
+    def blocks(self, numbers: int) -> Iterator[tuple[Any, np.ndarray]]:
+        """The tensor in runs of rows of about so many numbers: where each lies (an index), and its values.
+
+        Each run is mapped on its own: pages of one map stay resident until all of it goes.
+        """
+        if not self.shape:
+            yield (), self.read()
+            return
+        width = math.prod(self.shape[1:])
+        step = max(1, numbers // max(1, width))
+        for start in range(0, self.shape[0], step):
+            shape = (min(step, self.shape[0] - start), *self.shape[1:])
+            offset = self.offset + start * width * self.dtype.itemsize
+            yield slice(start, start + step), dataclasses.replace(self, shape=shape, offset=offset).read()
 
 
 def read_header(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

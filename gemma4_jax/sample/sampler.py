@@ -21,6 +21,7 @@ from gemma4_jax.model.cache import CACHE_DTYPES, cache_bytes, init_cache
 from gemma4_jax.model.masks import image_runs
 from gemma4_jax.sample import decode, prefill, programs, request
 from gemma4_jax.sample.choose import Controls, Mode
+from gemma4_jax.sample.packed import choose_form
 from gemma4_jax.sample.policy import DraftPolicy, parse_draft_tokens
 from gemma4_jax.sample.weights import ReadDrafter, ReadTarget
 
@@ -86,6 +87,7 @@ class Sampler:
       chunk: longest prefill chunk.
       release: free the bundle's own decoder layers while they are laid out for reading, so that weights are in memory
         once; the bundle can sample through this sampler only then.
+      packed_product: form of products with packed weights (``gemma4_jax.sample.packed``); None: the device's.
 
     Raises:
       ConfigError: an argument outside of its choices, or a fixed draft length without a drafter.
@@ -100,6 +102,7 @@ class Sampler:
         cache_dtype: str | None = None,
         chunk: int = 512,
         release: bool = False,
+        packed_product: str | None = None,
     ):
         config = bundle.config
         if not 2 <= max_length <= config.max_position_embeddings:
@@ -118,8 +121,13 @@ class Sampler:
         self.policy = DraftPolicy(parse_draft_tokens(draft_tokens, bundle.drafter is not None))
         self.chunk = min(chunk, max_length)
         self._model = bundle.model
-        self._target = nnx.split(ReadTarget(bundle.model, release))
-        self._drafter = (None, None) if bundle.drafter is None else nnx.split(ReadDrafter(bundle.drafter))
+        target = ReadTarget(bundle.model, release)
+        drafter = None if bundle.drafter is None else ReadDrafter(bundle.drafter)
+        self.packed_product = None
+        if config.quantization is not None:
+            self.packed_product = choose_form([target] + ([] if drafter is None else [drafter]), packed_product)
+        self._target = nnx.split(target)
+        self._drafter = (None, None) if drafter is None else nnx.split(drafter)
         self._bias = jnp.asarray(request.suppression(config))
 
     @property
@@ -212,7 +220,9 @@ class Sampler:
             row = next(i for i, prompt in enumerate(prompts) if isinstance(prompt, str))
             raise PromptError(f"row {row}: a string, but the bundle has no tokenizer; give lists of ids")
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return request.check_tokens(self.config, ids, self.max_length), None
+        rows = request.check_tokens(self.config, ids, self.max_length)
+        request.check_no_media(self.config, rows)
+        return rows, None
 
     def _request(self, rows, max_new_tokens, settings, seed, stop_ids) -> tuple[decode.Request, Mode]:
         count = len(rows)

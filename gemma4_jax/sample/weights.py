@@ -13,12 +13,15 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gemma4_jax.model.attention import Attention
-from gemma4_jax.model.decoder import Block, Gemma4, layer_pattern, unstack
+from gemma4_jax.model.decoder import Block, Gemma4, layer_pattern
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.layers import Embedder, FeedForward, Linear, soft_cap
+from gemma4_jax.packed import Quantized, QuantizedEmbedder
+from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed
 
 
 def read_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -63,15 +66,29 @@ class ReadAdapters(nnx.Module):
     """
 
     def __init__(self, sources: Sequence[Linear], columns: slice | None):
-        self.columns = columns
-        self.widths = tuple(source.weight[...].shape[0] for source in sources)
-        self.parts = nnx.Dict({str(i): s.lora for i, s in enumerate(sources) if s.lora is not None})
+        self.widths = tuple(_outputs(source) for source in sources)
+        self.parts = nnx.Dict({str(i): s.lora.part(columns) for i, s in enumerate(sources) if s.lora is not None})
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
         zeros = {str(i): jnp.zeros((*x.shape[:-1], width), x.dtype) for i, width in enumerate(self.widths)}
-        shares = zeros | {i: adapter(x, self.columns) for i, adapter in self.parts.items()}
+        shares = zeros | {i: adapter(x) for i, adapter in self.parts.items()}
         return jnp.concatenate(list(shares.values()), axis=-1)
+
+
+def _outputs(source: Linear) -> int:
+    """Outputs of a map."""
+    return (source.scale if are_packed([source]) else source.weight)[...].shape[0]
+
+
+def read_linear(*sources: Linear, columns: slice | None = None) -> ReadLinear | ReadPacked:
+    """Several maps of one input (or of some of its ``columns``) for reading; packed ones stay as they are."""
+    if not are_packed(sources):
+        return ReadLinear(*sources, columns=columns)
+    packed = ReadPacked(*sources, columns=columns)
+    if any(source.lora is not None for source in sources):
+        packed.lora = ReadAdapters(sources, columns)
+    return packed
 
 
 class ReadAttention(Attention):
@@ -80,9 +97,9 @@ class ReadAttention(Attention):
     def __init__(self, source: Attention):
         self.config, self.kind = source.config, source.kind
         parts = [source.q_proj, source.k_proj] + ([] if source.v_proj is None else [source.v_proj])
-        self.splits = tuple(part.weight[...].shape[0] for part in parts)
-        self.qkv_proj = ReadLinear(*parts)
-        self.o_proj = ReadLinear(source.o_proj)
+        self.splits = tuple(_outputs(part) for part in parts)
+        self.qkv_proj = read_linear(*parts)
+        self.o_proj = read_linear(source.o_proj)
         self.q_norm, self.k_norm = source.q_norm, source.k_norm
 
     def project(self, x):
@@ -96,8 +113,8 @@ class ReadFeedForward(nnx.Module):
     """The gated feed-forward with gate and up as one product."""
 
     def __init__(self, source: FeedForward):
-        self.gate_up_proj = ReadLinear(source.gate_proj, source.up_proj)
-        self.down_proj = ReadLinear(source.down_proj)
+        self.gate_up_proj = read_linear(source.gate_proj, source.up_proj)
+        self.down_proj = read_linear(source.down_proj)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D)."""
@@ -116,16 +133,20 @@ class ReadEmbedder(Embedder):
         return soft_cap(read_matmul(hidden, self.table[...]), softcap)
 
 
+def _read_embedder(source: Embedder) -> ReadEmbedder | ReadPackedEmbedder:
+    return ReadPackedEmbedder(source) if isinstance(source, QuantizedEmbedder) else ReadEmbedder(source)
+
+
 class ReadDrafter(Drafter):
     """A drafter laid out for reading; ``pre_projection`` is held as its two halves."""
 
     def __init__(self, source: Drafter):
         self.config = source.config
         width = self.config.hidden_size
-        self.embedder = ReadEmbedder(source.embedder)
-        self.embedding_projection = ReadLinear(source.pre_projection, columns=slice(None, width))
-        self.hidden_projection = ReadLinear(source.pre_projection, columns=slice(width, None))
-        self.post_projection = ReadLinear(source.post_projection)
+        self.embedder = _read_embedder(source.embedder)
+        self.embedding_projection = read_linear(source.pre_projection, columns=slice(None, width))
+        self.hidden_projection = read_linear(source.pre_projection, columns=slice(width, None))
+        self.post_projection = read_linear(source.post_projection)
         self.layers = nnx.List([_readable(block) for block in source.layers])
         self.final_norm = source.final_norm
         if self.config.drafter.use_ordered_embeddings:
@@ -149,7 +170,7 @@ class ReadTarget(nnx.Module):
 
     def __init__(self, model: Gemma4, release: bool = False):
         self.config = model.config
-        self.embedder = ReadEmbedder(model.embedder)
+        self.embedder = _read_embedder(model.embedder)
         self.blocks = nnx.List([_readable(block) for block in _blocks(model, release)])
         self.final_norm = model.final_norm
 
@@ -160,20 +181,31 @@ class ReadTarget(nnx.Module):
 
 def _blocks(model: Gemma4, release: bool) -> Iterator[Block]:
     """Layers in order; what is handed out is not held here."""
-    if not release:
-        yield from unstack(model)
-        return
     _, repeats = layer_pattern(model.config.layer_types)
     graph, state = nnx.split(model.groups)
-    leaves, tree = jax.tree.flatten(state)
+    variables, tree = jax.tree.flatten(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
     slices = []
-    for leaf in leaves:
-        slices.append([leaf[i] for i in range(repeats)])
-        jax.block_until_ready(slices[-1])
-        leaf.delete()
+    for variable in variables:
+        leaf = variable.get_value()
+        shared = isinstance(variable, Quantized) and _on_host(leaf)
+        parts = _views(leaf) if shared else [leaf[i] for i in range(repeats)]
+        slices.append([variable.replace(part) for part in parts])
+        if release and not shared:
+            jax.block_until_ready(parts)
+            leaf.delete()
     for _ in range(repeats):
         yield from nnx.merge(graph, jax.tree.unflatten(tree, [parts.pop(0) for parts in slices])).layers
     yield from model.tail
+
+
+def _on_host(leaf: jax.Array) -> bool:
+    return len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
+
+
+def _views(leaf: jax.Array) -> list[jax.Array]:
+    """A stack's slices in the memory of the stack (where they are aligned as the backend wants, else copies)."""
+    host, device = np.asarray(leaf), next(iter(leaf.devices()))
+    return [jax.device_put(part, device) for part in host]
 
 
 def _readable(block: Block) -> Block:
@@ -183,7 +215,7 @@ def _readable(block: Block) -> Block:
     if isinstance(attention, Attention):
         block.self_attn = ReadAttention(attention)
     else:
-        attention.q_proj = ReadLinear(attention.q_proj)
-        attention.o_proj = ReadLinear(attention.o_proj)
+        attention.q_proj = read_linear(attention.q_proj)
+        attention.o_proj = read_linear(attention.o_proj)
     block.mlp = ReadFeedForward(block.mlp)
     return block

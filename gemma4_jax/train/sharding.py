@@ -113,8 +113,12 @@ def logical_axes(name: str) -> tuple[str | None, ...]:
     if found:
         outputs, inputs = logical_axes(f"{place}/weight")
         return {"a": (None, inputs), "b": (outputs, None)}[half]
+    plain = name
+    if name.endswith(("/values", "/scale")):  # packed weights lie as those that they stand for
+        place = name.rpartition("/")[0]
+        plain = f"{place}/table" if place.endswith("/embedder") else f"{place}/weight"
     for pattern, axes in PARAMETER_AXES:
-        if fnmatch.fnmatchcase(name, pattern):
+        if fnmatch.fnmatchcase(plain, pattern):
             return axes
     raise ConfigError(f"no sharding rule covers parameter {name}; add one to PARAMETER_AXES")
 
@@ -136,7 +140,7 @@ def _spec(name: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mesh) ->
     axes = logical_axes(name)
     spec: list[str | None] = [None] * (len(shape) - len(axes))
     for logical, size in zip(axes, shape[len(spec) :], strict=True):
-        axis = MESH_AXES[logical]
+        axis = MESH_AXES[logical] if size > 1 else None
         if logical == "kv_heads" and _kv_heads(config, name) % mesh.shape[axis]:
             axis = None
         if axis is not None and size % mesh.shape[axis]:

@@ -1,0 +1,114 @@
+"""Sampling with packed weights: every form of the product, and whole generations, against the unpacked model."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import prompts_of, small_bundle
+
+import gemma4_jax as g4
+from gemma4_jax import quantize
+from gemma4_jax.errors import ConfigError
+from gemma4_jax.packed import pack, unpack
+from gemma4_jax.sample import packed as reads
+from gemma4_jax.sample.packed_kernel import packed_product
+from gemma4_jax.sample.weights import ReadTarget
+
+
+def product_case(scheme, rows, outputs=200, width=192, seed=0):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
+    values, scale = pack(jnp.asarray(rng.standard_normal((outputs, width)), jnp.float32), scheme)
+    expected = np.asarray(x, np.float64) @ np.asarray(unpack(values, scale), np.float64).T
+    return x, values, scale, expected
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_blocked_products(scheme, rows, monkeypatch):
+    """200 outputs in blocks of 80: the last one begins early."""
+    monkeypatch.setattr(reads, "BLOCK_NUMBERS", 80 * 192)
+    x, values, scale, expected = product_case(scheme, rows)
+    for form in ("blocked", "unpacked"):
+        found = jax.jit(reads.read_packed, static_argnums=3)(x[None], values, scale, form)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found[0], expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_the_kernel_interpreted(scheme, rows):
+    """Outputs that fill no tile, rows of input beyond one tile, several steps along a row."""
+    x, values, scale, expected = product_case(scheme, rows, outputs=100, width=768)
+    np.testing.assert_allclose(packed_product(x, values, scale), expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_kernel_lowers_for_accelerators(scheme, platform):
+    x, values, scale, _ = product_case(scheme, 16, outputs=128, width=1024)
+    run = jax.jit(lambda *args: packed_product(*args, interpret=False))
+    assert run.trace(x.astype(jnp.bfloat16), values, scale).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_no_weights_are_unpacked_whole():
+    """The compiled program of a large product holds no buffer of the matrix's size in f32."""
+    x, values, scale, _ = product_case("int4", 1, outputs=4096, width=1024)
+    run = jax.jit(reads.read_packed, static_argnums=3)
+    sizes = {
+        form: run.lower(x, values, scale, form).compile().memory_analysis().temp_size_in_bytes
+        for form in ("blocked", "unpacked")
+    }
+    assert sizes["unpacked"] >= 4 * 4096 * 1024
+    assert sizes["blocked"] < sizes["unpacked"] / 4
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_generations_equal_those_of_the_unpacked_model(scheme):
+    small = quantize.quantize_model(small_bundle(intermediate_size=64), scheme)
+    plain = quantize.dequantize(small)
+    prompts = prompts_of([9, 14])
+    expected = g4.Sampler(plain, max_length=64, draft_tokens=0).generate(prompts, max_new_tokens=12, stop_ids=[])
+    for steps in (0, 2):
+        found = g4.Sampler(small, max_length=64, draft_tokens=steps).generate(prompts, max_new_tokens=12, stop_ids=[])
+        assert found.tokens == expected.tokens
+    assert found.stats.drafted > 0
+
+
+def test_the_form_is_chosen_and_logged(caplog):
+    small = quantize.quantize_model(small_bundle(intermediate_size=64), "int8")
+    target = ReadTarget(small.model)
+    with caplog.at_level(logging.INFO):
+        assert reads.choose_form([target], None) == "blocked"
+    assert "packed products in form 'blocked'" in caplog.text
+    forms = {node.form for _, node in nnx.iter_modules(target) if isinstance(node, reads.ReadPacked)}
+    assert forms == {"blocked"}
+    with pytest.raises(ConfigError, match="unknown packed_product 'fast'"):
+        g4.Sampler(small, max_length=32, packed_product="fast")
+    sampler = g4.Sampler(small, max_length=32, draft_tokens=0, packed_product="unpacked")
+    assert sampler.packed_product == "unpacked"
+    assert g4.Sampler(small_bundle(), max_length=32, draft_tokens=0).packed_product is None
+
+
+def test_adapters_stay_beside_packed_weights():
+    from gemma4_jax.bundle import add_lora, bundle_weights
+    from gemma4_jax.config import LoraConfig
+    from gemma4_jax.train.state import Network
+
+    small = add_lora(quantize.quantize_model(small_bundle(intermediate_size=64), "int4"), LoraConfig(rank=2))
+    rng = np.random.default_rng(0)
+    weights = {
+        name: jnp.asarray(rng.standard_normal(leaf.shape) * 0.1, leaf.dtype) if name.endswith("lora/b") else leaf
+        for name, leaf in bundle_weights(small).items()
+    }
+    model, drafter = Network(small.config).merge(weights)
+    small = dataclasses.replace(small, model=model, drafter=drafter)
+    prompt = prompts_of([9])
+    expected = g4.logits(small, prompt)[0, -1]
+    sampler = g4.Sampler(small, max_length=32, draft_tokens=0)
+    found = nnx.merge(*sampler._target).logits(sampler.prefill([np.asarray(prompt[0], np.int32)]).hidden)[0]
+    np.testing.assert_allclose(found, expected, atol=2e-4 * float(jnp.ptp(expected)))
