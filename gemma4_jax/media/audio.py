@@ -7,6 +7,7 @@ blocks up to the limit, so neither a lying header nor an hour of sound takes mor
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -104,6 +105,8 @@ def to_float(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _check_rate(rate: Any, name: str) -> int:
+    if not isinstance(rate, (numbers.Real, np.number)):
+        raise MediaError(f"audio {name} has rate {rate!r}; a number of samples a second is expected")
     if not MIN_RATE <= rate <= MAX_RATE:
         raise MediaError(f"audio {name} has rate {rate}; the range is {MIN_RATE} to {MAX_RATE}")
     return int(rate)

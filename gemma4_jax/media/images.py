@@ -23,6 +23,7 @@ BUDGETS = (70, 140, 280, 560, 1120)
 PATCH_SIDE = 48
 MAX_PIXELS = 80_000_000  # below the size at which Pillow itself starts to warn
 MAX_FILE_BYTES = 256 * 2**20
+_BLOCK_ROWS = 64
 # What a stranger's file may be (JPEG opens MPO too). Left out: formats that start other programs (EPS) or hide a second
 # size (ICO).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "TGA", "AVIF")
@@ -257,15 +258,16 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
-    kind = array.dtype.kind
     if array.dtype == np.uint8:
         return array
+    if array.dtype.name == "bfloat16":  # NumPy knows it as a foreign kind, so that it cannot be compared
+        array = array.astype(np.float32)
+    kind = array.dtype.kind
     if kind == "b":
         return array.astype(np.uint8) * np.uint8(255)
     if kind not in "iuf":
         raise MediaError(f"{name} has dtype {array.dtype}; choices: unsigned and signed integers, floats, bool")
     array_is_16_bit = array.dtype == np.uint16
-    array = array.astype(np.float64)  # bfloat16 and 16-bit floats are exact in it
     low, high = float(array.min()), float(array.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise MediaError(f"{name} has values that are not finite")
@@ -275,4 +277,8 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
         top = 65535.0 if array_is_16_bit or high > 255 else 255.0
     if low < 0 or high > top:
         raise MediaError(f"{name} has values from {low:g} to {high:g}; the range is 0 to {top:g}")
-    return np.rint(array * (255.0 / top)).astype(np.uint8)
+    pixels = np.empty(array.shape, np.uint8)
+    for row in range(0, len(array), _BLOCK_ROWS):  # f64 is exact for every dtype, but eight times as large
+        block = slice(row, row + _BLOCK_ROWS)
+        pixels[block] = np.rint(array[block].astype(np.float64) * (255.0 / top))
+    return pixels

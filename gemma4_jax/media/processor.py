@@ -186,7 +186,7 @@ class Processor:
         if isinstance(prompt, (str, Pieces)):
             tokens = self._expand(self._pieces(prompt, tiles, sounds, clips), tiles, sounds, clips)
         else:
-            tokens = np.asarray(prompt, np.int32).reshape(-1)
+            tokens = _ids(prompt)
         return self._row(tokens, tiles, sounds, clips)
 
     def batch(self, rows: Sequence[Row], length: int | None = None) -> Batch:
@@ -376,6 +376,13 @@ def check_counts(config: ModelConfig, tokens: np.ndarray, media: MediaInputs | N
             raise MediaError(f"row {row} has {sound[row]} audio soft tokens but {frames} audio frames")
 
 
+def _ids(prompt: Sequence[int]) -> np.ndarray:
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not (ids.size == 0 or np.issubdtype(ids.dtype, np.integer)):
+        raise PromptError(f"a prompt is a string or a flat list of ids, not {ids.dtype} of shape {ids.shape}")
+    return ids.astype(np.int32)
+
+
 def _check_count(kind: str, soft_tokens: int, entries: int):
     if soft_tokens != entries:
         raise MediaError(f"{soft_tokens} {kind} soft tokens but the {kind} inputs fill {entries}")
@@ -384,6 +391,7 @@ def _check_count(kind: str, soft_tokens: int, entries: int):
 def _per_row(name: str, given: Sequence[Any] | None, rows: int) -> list[Sequence[Any]]:
     if given is None:
         return [()] * rows
+    given = list(given)
     if len(given) != rows:
         raise MediaError(f"{name} has {len(given)} rows but there are {rows} prompts")
     for index, entry in enumerate(given):

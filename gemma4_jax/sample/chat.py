@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gemma4_jax.errors import PromptError
+from gemma4_jax.errors import MediaError, PromptError
 from gemma4_jax.text import chat as chat_format
 from gemma4_jax.text.reply import ANSWER, Fragment, Reply, ReplyParser
 from gemma4_jax.text.tools import ToolCall, declaration
@@ -183,6 +184,11 @@ def answer_only(write: Callable[[str], None]) -> Callable[[Fragment], None]:
 
 
 def _content(text: str, images: Sequence[Any], audio: Sequence[Any], videos: Sequence[Any]) -> Any:
+    if not isinstance(text, str):
+        raise PromptError(f"the text of a turn is {type(text).__name__}; a string is expected")
+    for name, sources in (("images", images), ("audio", audio), ("videos", videos)):
+        if not isinstance(sources, (list, tuple, types.NoneType)):
+            raise MediaError(f"{name} is {type(sources).__name__}; a list of sources is expected")
     kinds = (("image", images), ("audio", audio), ("video", videos))
-    media = [{"type": kind, kind: source} for kind, sources in kinds for source in sources]
+    media = [{"type": kind, kind: source} for kind, sources in kinds for source in sources or ()]
     return [*media, {"type": "text", "text": text}] if media else text

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.errors import ConfigError, PromptError
+from gemma4_jax.errors import ConfigError, MediaError, PromptError
+from gemma4_jax.media.processor import AUDIO_TYPE, IMAGE_TYPE, VIDEO_TYPE, token_types
 
 _SMALLEST_STOP_SET = 8
 
@@ -40,6 +41,17 @@ def check_tokens(config: ModelConfig, rows: Sequence[Any], max_length: int) -> l
             )
         checked.append(ids.astype(np.int32))
     return checked
+
+
+def check_no_media(config: ModelConfig, rows: Sequence[np.ndarray]) -> None:
+    """Refuse places of media in prompts without any. Raises MediaError naming the row."""
+    kinds = {"image": (IMAGE_TYPE, config.vision), "video": (VIDEO_TYPE, config.vision),
+             "audio": (AUDIO_TYPE, config.audio)}  # fmt: skip
+    for i, row in enumerate(rows):
+        types = token_types(config, row)
+        for kind, (number, part) in kinds.items():
+            if part is not None and (types == number).any():
+                raise MediaError(f"row {i}: {(types == number).sum()} {kind} soft tokens but no {kind} inputs")
 
 
 def _describe(value: Any) -> str:
