@@ -61,7 +61,7 @@ def run(config, workdir: Path) -> dict[str, Any]:
     weights = bundle_weights(bundle)
     del bundle  # its arrays are moved into the training state
     result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)), given=weights)
-    results = training_results(trainer, config, result)
+    results = training_results(trainer, config, result, feed)
     if config.loss.name == "dpo":
         results |= {name: result.evaluation[name] for name in ("preference_loss", *REWARDS)}
     return results | ask.answer_results(config, workdir, answers) if answers.ask else results

@@ -9,6 +9,7 @@ from experiments import report
 from gemma4_jax.bundle import with_token_ids
 from gemma4_jax.data import compressed_bits_per_byte, heldout_text
 from gemma4_jax.errors import ConfigError
+from gemma4_jax.evaluate.html_report import write_report
 from gemma4_jax.train import defaults
 from gemma4_jax.train.feed import Feed
 from gemma4_jax.train.loop import TrainResult, train
@@ -34,17 +35,18 @@ def run(config, workdir: Path) -> dict[str, Any]:
         model = with_token_ids(model, feed.tokenizer)
     result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)))
     text = heldout_text(config.data)
-    results = training_results(trainer, config, result)
+    results = training_results(trainer, config, result, feed)
     results["xz_bits_per_byte"] = compressed_bits_per_byte(text)
     if config.samples.prompts:
         samples = config.samples
         draft_tokens = min(samples.draft_tokens, config.loss.mtp_steps) if trainer.loss.uses_drafter else 0
         prompts = report.heldout_prompts(feed.tokenizer, text, samples.prompts, samples.prompt_tokens)
-        results |= report.sampling_results(workdir, prompts, samples.new_tokens, draft_tokens)
+        results |= report.sampling_results(workdir, prompts, samples.new_tokens, draft_tokens, samples.dtypes)
+    write_report(workdir, results)
     return results
 
 
-def training_results(trainer, config, result: TrainResult) -> dict[str, Any]:
+def training_results(trainer, config, result: TrainResult, feed: Feed) -> dict[str, Any]:
     """The part of ``results.json`` that training knows. ``…_teacher_forced``: on held-out rows, true tokens before each."""
     model, evaluation = trainer.network.config, result.evaluation
     steps = range(1, config.loss.mtp_steps + 1) if trainer.loss.uses_drafter else ()
@@ -56,6 +58,7 @@ def training_results(trainer, config, result: TrainResult) -> dict[str, Any]:
         "train_seconds": result.totals.seconds,
         "tokens_per_second": result.totals.tokens_per_second,
         "input_wait_share": result.totals.input_wait_share,
+        "packing_efficiency": feed.train.packing_efficiency,
         "empty_steps": int(result.totals.empty_steps),
         "skipped_steps": int(result.totals.skipped_steps),
         "val_loss": evaluation["next_token_loss"],

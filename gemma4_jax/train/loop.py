@@ -116,7 +116,7 @@ class _Run:
         self.iterator = data.train_iterator()
         self.state, self.step, self.totals = self._start(given)
         self.saved_step = self.step
-        self.voted = False
+        self.voted, self.waited = False, 0.0
         self.evaluation: dict[str, float] = {}
         self.evaluated_step = -1
         self.window: list[dict[str, float]] = []
@@ -175,7 +175,7 @@ class _Run:
         asked = time.perf_counter()
         batch = next(self.iterator, None)
         if self.step > self.first_step:  # as for all times: the first step compiles
-            self.totals.input_seconds += time.perf_counter() - asked
+            self.waited += time.perf_counter() - asked
         if batch is None:
             raise DataError(f"the training data ended after step {self.step} of {self.options.steps}")
         self.profiler.before(self.step - self.first_step)
@@ -222,7 +222,11 @@ class _Run:
         values["empty_steps"] = self.totals.empty_steps
         if self.options.nan_policy == "skip":
             values["skipped_steps"] = self.totals.skipped_steps
-        values["tokens_per_second"] = sum(r["tokens"] for r in timed) / max(sum(r["seconds"] for r in timed), 1e-9)
+        seconds = max(sum(row["seconds"] for row in timed), 1e-9)
+        values["tokens_per_second"] = sum(row["tokens"] for row in timed) / seconds
+        values["input_wait_share"] = self.waited / seconds
+        self.totals.input_seconds += self.waited
+        self.waited = 0.0
         self.writer.write(step, "train", values)
         self.progress.show(step, values["loss"], values["tokens_per_second"])
 

@@ -57,9 +57,9 @@ def plan_devices(mesh: MeshConfig) -> list[Any] | None:
       ConfigError: too few devices, and it is too late to make some up.
     """
     needed = max(mesh.data, 1) * mesh.fsdp * mesh.tensor
-    # Too late, or the environment sets a number of its own: then those devices have to do.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", max(needed, jax.config.jax_num_cpu_devices))
+    if needed > 1:
+        with contextlib.suppress(RuntimeError):  # too late: then those devices that are there have to do
+            jax.config.update("jax_num_cpu_devices", needed)
     there = jax.devices()
     if len(there) == needed or (mesh.data == -1 and len(there) % needed == 0):
         return None

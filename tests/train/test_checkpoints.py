@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import mini_train as mini
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from gemma4_jax.errors import CheckpointError
 from gemma4_jax.train import checkpoints as ckpt
 from gemma4_jax.train import trees
+from gemma4_jax.train.optimizer import OptimizerConfig
 from gemma4_jax.train.sharding import MeshConfig, make_mesh
 from gemma4_jax.train.state import from_items, to_items
 
@@ -256,6 +258,27 @@ def test_a_training_state_survives(trainer, tmp_path):
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         assert a.dtype == b.dtype and a.sharding == b.sharding
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_a_training_state_moves_between_meshes(tmp_path, name):
+    """Weights, average and all an optimiser keeps: from 8 devices to 1 and 4, bit for bit; never to another model."""
+
+    def on(mesh, **model):
+        optimizer = OptimizerConfig(name=name, warmup_steps=1)
+        return mini.mini_trainer(model=mini.mini_config(**model), mesh=mesh, optimizer=optimizer, ema_decay=0.9)
+
+    state = on((2, 2, 2)).init()
+    ckpt.save(tmp_path / "c", to_items(state))
+    for mesh in ((1, 1, 1), (1, 4, 1)):
+        target = on(mesh)
+        again = from_items(ckpt.restore(tmp_path / "c", to_items(target.abstract)), target.abstract)
+        assert jax.tree.structure(again) == jax.tree.structure(state)
+        assert jax.tree.map(lambda leaf: leaf.sharding, again) == target.shardings
+        for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+            assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    with pytest.raises(CheckpointError, match=r"embedder/table has shape \(64, \d+\) there but \(80, \d+\) is needed"):
+        ckpt.restore(tmp_path / "c", to_items(on((1, 1, 1), vocab_size=80).abstract))
 
 
 def test_the_files_are_plain(saved):
