@@ -1,8 +1,8 @@
 """Gemma 4 12B Unified in JAX/Flax: text, images, audio and video, with multi-token prediction."""
 
 from gemma4_jax import errors
-from gemma4_jax.bundle import Bundle, draft_logits, init, load, logits, save
-from gemma4_jax.config import ModelConfig, get_preset
+from gemma4_jax.bundle import Bundle, add_lora, draft_logits, init, load, logits, merge_lora, save
+from gemma4_jax.config import LoraConfig, ModelConfig, get_preset
 from gemma4_jax.sample.chat import Chat, ChatReply
 from gemma4_jax.sample.sampler import Output, Sampler
 
@@ -10,14 +10,17 @@ __all__ = [
     "Bundle",
     "Chat",
     "ChatReply",
+    "LoraConfig",
     "ModelConfig",
     "Output",
     "Sampler",
+    "add_lora",
     "draft_logits",
     "errors",
     "get_preset",
     "init",
     "load",
     "logits",
+    "merge_lora",
     "save",
 ]
