@@ -34,15 +34,16 @@ def base():
 
 
 def mini():
-    """4 layers of width 96, vocabulary 1024: for one core and many members."""
+    """3 layers of width 96, vocabulary 1024: for one core and many members."""
     config = base()
     override_model(
         config,
-        vocab_size=1024, hidden_size=96, intermediate_size=256, num_hidden_layers=4, sliding_window_pattern=4,
+        vocab_size=1024, hidden_size=96, intermediate_size=256, num_hidden_layers=3, sliding_window_pattern=3,
         head_dim=32, global_head_dim=64,
         drafter={"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
     )  # fmt: skip
-    config.data.vocab_size = 1024
+    config.data.update(vocab_size=1024, batch_size=8)
+    config.train.update(steps=400, final_eval_batches=32)
     return config
 
 

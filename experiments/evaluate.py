@@ -14,6 +14,7 @@ from gemma4_jax.data.sources import open_source
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.evaluate import Scorer, decoding_acceptance, needle_scores, teacher_forced_acceptance, text_loss
 from gemma4_jax.evaluate import options as fields
+from gemma4_jax.evaluate.html_report import write_report
 from gemma4_jax.evaluate.texts import read_texts
 from gemma4_jax.sample.answers import score_answers
 from gemma4_jax.train import plots
@@ -62,6 +63,7 @@ def run(config, workdir: Path) -> Results:
     if not results:
         raise ConfigError("nothing to evaluate: text.sources, media.tasks and harness.tasks are empty")
     write_atomically(workdir / "table.md", table(results))
+    write_report(workdir, results)
     return results
 
 

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import gemma4_jax as g4
+from gemma4_jax.data import heldout_conversations
+from gemma4_jax.data.media_rows import MediaChatEncoder
 from gemma4_jax.errors import ConfigError, DataError
 from gemma4_jax.evaluate.acceptance import kept_per_step
+from gemma4_jax.evaluate.html_report import sample_of, save_samples
+from gemma4_jax.media.processor import Row
 from gemma4_jax.train.checkpoints import write_atomically
 
 
@@ -35,8 +39,8 @@ def sampling_results(
 ) -> dict[str, Any]:
     """Plain against speculative decoding, batch 1, greedy, in each dtype; acceptance when sampling at temperature 1.
 
-    Writes ``workdir/samples.md``, from the first dtype. Rates are medians over prompts, plain and speculative runs
-    alternating; compilation is not counted.
+    Writes ``samples.md`` and ``samples.json`` in ``workdir``, from the first dtype. Rates are medians over prompts, plain
+    and speculative runs alternating; compilation is not counted.
 
     Raises:
       ConfigError: no dtype.
@@ -60,6 +64,8 @@ def sampling_results(
             outputs = [b for _, b in pairs]
             sampled = drafting.generate(list(prompts), temperature=1.0, seed=0, **settings).stats
     write_atomically(workdir / "samples.md", samples_markdown(bundle.tokenizer, prompts, outputs))
+    pages = zip(prompts, outputs, strict=True)
+    save_samples(workdir, [sample_of(bundle.tokenizer, p, o.tokens[0], o.drafted[0]) for p, o in pages])
     best = max(dtypes, key=lambda dtype: rates[f"speculative_{dtype}"])
     return {
         "decode_tokens_per_second": rates[f"decode_{best}"],
@@ -76,6 +82,19 @@ def sampling_results(
         "acceptance_sampled_per_step": kept_per_step([sampled]),
         "tokens_per_round_sampled": sampled.mean_accepted,
     }
+
+
+def media_examples(feed, count: int = 3) -> list[tuple[str, Row]]:
+    """The first held-out conversations with media: what the model should answer, and the prepared row."""
+    if feed.processor is None:
+        return []
+    field = feed.options.text_field
+    encoder, found = MediaChatEncoder(feed.processor, field), []
+    for number, document in enumerate(heldout_conversations(feed.options, count)):
+        row = encoder.row(document, f"held-out conversation {number}")[0]
+        if len(row.patches) or len(row.audio_frames):
+            found.append((f"answer: {document[field][-1].get('content')}", row))
+    return found
 
 
 def samples_markdown(tokenizer, prompts: Sequence[Sequence[int]], outputs: Sequence[Any]) -> str:
