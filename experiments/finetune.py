@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 import gemma4_jax as g4
-from experiments import ask
+from experiments import ask, report
 from experiments.pretrain import training_results
 from gemma4_jax.bundle import bundle_weights, load_config, merge_lora
 from gemma4_jax.errors import CheckpointError, ConfigError
+from gemma4_jax.evaluate.html_report import write_report
 from gemma4_jax.preference import REWARDS
 from gemma4_jax.train import checkpoints, defaults
 from gemma4_jax.train.feed import Feed
@@ -64,7 +65,10 @@ def run(config, workdir: Path) -> dict[str, Any]:
     results = training_results(trainer, config, result, feed)
     if config.loss.name == "dpo":
         results |= {name: result.evaluation[name] for name in ("preference_loss", *REWARDS)}
-    return results | ask.answer_results(config, workdir, answers) if answers.ask else results
+    if answers.ask:
+        results |= ask.answer_results(config, workdir, answers)
+    write_report(workdir, results, report.media_examples(feed))
+    return results
 
 
 def _tokenizer_of(base) -> str:
