@@ -11,7 +11,7 @@ import jax
 import gemma4_jax as g4
 from experiments import ask, report
 from experiments.pretrain import training_results
-from gemma4_jax.bundle import bundle_weights, load_config, merge_lora
+from gemma4_jax.bundle import TEMPLATE, bundle_weights, load_config, merge_lora
 from gemma4_jax.errors import CheckpointError, ConfigError
 from gemma4_jax.evaluate.html_report import write_report
 from gemma4_jax.preference import REWARDS
@@ -59,9 +59,10 @@ def run(config, workdir: Path) -> dict[str, Any]:
     trainer = defaults.make_trainer(config, model, media_kinds=feed.train.media_kinds)
     if jax.process_index() == 0:
         print(trainable_table(trainer.network.shapes, trainer.names), flush=True)
+    files = {**_files_of(bundle), **feed.files(defaults.model_json(model))}
     weights = bundle_weights(bundle)
     del bundle  # its arrays are moved into the training state
-    result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)), given=weights)
+    result = train(trainer, feed, workdir, files=files, given=weights)
     results = training_results(trainer, config, result, feed)
     if config.loss.name == "dpo":
         results |= {name: result.evaluation[name] for name in ("preference_loss", *REWARDS)}
@@ -69,6 +70,12 @@ def run(config, workdir: Path) -> dict[str, Any]:
         results |= ask.answer_results(config, workdir, answers)
     write_report(workdir, results, report.media_examples(feed))
     return results
+
+
+def _files_of(bundle) -> dict[str, str]:
+    """What a checkpoint of the run keeps of its base: the chat template, and how media are prepared."""
+    files = {"processor_config.json": bundle.processor.options.to_json()}
+    return files | ({TEMPLATE: bundle.chat_template} if bundle.chat_template else {})
 
 
 def _tokenizer_of(base) -> str:

@@ -53,7 +53,11 @@ class Feed:
 
     def files(self, model_config_json: str) -> dict[str, str]:
         """Plain files of a checkpoint: the model configuration, the tokenizer, and how media are prepared."""
-        files = {"config.json": model_config_json, "tokenizer.json": self.tokenizer.to_json()}
+        files = {
+            "config.json": model_config_json,
+            "tokenizer.json": self.tokenizer.to_json(),
+            "tokenizer_config.json": self.tokenizer.settings_json(),
+        }
         if self.processor is not None:
             files["processor_config.json"] = self.processor.options.to_json()
         return files
