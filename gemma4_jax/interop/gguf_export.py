@@ -18,6 +18,8 @@ from gemma4_jax.errors import ConfigError
 from gemma4_jax.interop import names
 from gemma4_jax.interop.hf_config import check_expressible
 from gemma4_jax.interop.hf_export import new_folder
+from gemma4_jax.interop.model_card import CARD, model_card
+from gemma4_jax.quantize import PackedLeaf
 
 Kind = gguf.GGMLQuantizationType
 # Ours -> name in the file's name, type of matrices, number of the file type.
@@ -28,6 +30,8 @@ DTYPES: dict[str, tuple[str, Kind, int]] = {
     "q8_0": ("q8_0", Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
     "q4_0": ("q4_0", Kind.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
+# The file type that takes packed weights as they are, by their scheme.
+PACKED_DTYPES = {"int8": "q8_0", "int4": "q4_0"}
 _NEVER = 1e30  # divides the frequency of a pair that does not turn
 
 _TEXT = {
@@ -65,6 +69,7 @@ _MEDIA = {
     "model.embed_vision.embedding_projection.weight": "mm.input_projection.weight",
     "model.embed_audio.embedding_projection.weight": "mm.a.input_projection.weight",
 }
+_PATCHES = "v.patch_embd.weight"
 _DROPPED = (
     "masked_embedding.centroids.weight",
     "masked_embedding.token_ordering",
@@ -84,7 +89,8 @@ def save_folder(
     chat_template: str | None = None,
     dtype: str = "float32",
 ) -> dict[str, int]:
-    """Write ``model-<dtype>.gguf`` and, where there are such parts, ``drafter-…`` and ``mmproj-<dtype>.gguf``.
+    """Write ``model-<dtype>.gguf`` and, where there are such parts, ``drafter-…`` and ``mmproj-<dtype>.gguf``; and a model
+    card.
 
     Args:
       path: absent, or an empty folder.
@@ -92,7 +98,8 @@ def save_folder(
       weights: by our flat names.
       tokenizer: its table, merges and token types go into the text files.
       chat_template: Jinja text, or None.
-      dtype: of matrices, one of ``DTYPES``; norms and biases are f32.
+      dtype: of matrices, one of ``DTYPES``; norms and biases are f32. Packed weights (``quantize.PackedLeaf``) go into
+        files of their scheme's type as they are: int4 into Q4_0 and int8 into Q8_0, the table of either into Q8_0.
 
     Returns:
       Bytes of each file.
@@ -118,13 +125,16 @@ def save_folder(
     if config.vision or config.audio:
         files["mmproj"] = ("clip", _media_keys(config), [r for r in rows if r.published in _MEDIA])
     with new_folder(path) as folder:
+        card = model_card(config, short, name=Path(path).name, form="gguf")
+        (folder / CARD).write_text(card, encoding="utf-8")
         for name, (architecture, keys, own_rows) in files.items():
-            tensors = {_name(row.published): row for row in own_rows if row.published not in _DROPPED}
+            tensors = {tensor_name(row.published): row for row in own_rows if row.published not in _DROPPED}
             _write(folder / f"{name}-{short}.gguf", architecture, keys, tensors, weights, config, dtype)
-        return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        return {file.name: file.stat().st_size for file in sorted(folder.glob("*.gguf"))}
 
 
-def _name(published: str) -> str:
+def tensor_name(published: str) -> str:
+    """The name in the file of a published tensor."""
     if published in _MEDIA:
         return _MEDIA[published]
     rest = published.removeprefix("model.").removeprefix("language_model.")
@@ -141,7 +151,8 @@ def _write(path: Path, architecture, keys, tensors: Mapping[str, names.Row], wei
     if kind in (Kind.Q8_0, Kind.Q4_0):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_keys(writer, keys)
-    stored = {name: (_type_of(name, row, weights, kind), row) for name, row in tensors.items()}
+    as_packed = PACKED_DTYPES.get(config.quantization) == dtype
+    stored = {name: (_type_of(name, row, weights, kind, as_packed), row) for name, row in tensors.items()}
     if architecture != "clip":
         freqs = _rope_freqs(config)
         writer.add_tensor_info("rope_freqs.weight", freqs.shape, freqs.dtype, freqs.nbytes)
@@ -156,21 +167,45 @@ def _write(path: Path, architecture, keys, tensors: Mapping[str, names.Row], wei
         if architecture != "clip":
             writer.write_tensor_data(freqs)
         for name, (own, row) in stored.items():
-            values = _arranged(name, _slice(row, weights), config)
-            writer.write_tensor_data(np.ascontiguousarray(gguf.quantize(values, own)).view(np.uint8))
+            writer.write_tensor_data(_stored_bytes(name, row, weights, config, own, as_packed))
     finally:
         writer.close()
 
 
+def _stored_bytes(name: str, row: names.Row, weights, config, kind: Kind, as_packed: bool) -> np.ndarray:
+    leaf = weights[row.ours]
+    if as_packed and isinstance(leaf, PackedLeaf) and kind in (Kind.Q8_0, Kind.Q4_0):
+        values, scale = (np.asarray(part) for part in leaf.packed(row.index))
+        return packed_blocks(_arranged(name, values, config), scale)
+    values = _arranged(name, _slice(row, weights), config)
+    return np.ascontiguousarray(gguf.quantize(values, kind)).view(np.uint8)
+
+
+def packed_blocks(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Packed weights as the bytes of a file: uint8 (O, bytes of a row), each block its f16 scale and then its numbers.
+
+    A scale for whole rows (O, 1) is repeated in each of their blocks.
+    """
+    size = 16 if values.dtype == np.uint8 else 32
+    blocks = values.view(np.uint8).reshape(len(values), -1, size)
+    scales = np.broadcast_to(scale[..., None].view(np.uint8), (*blocks.shape[:2], 2))
+    return np.concatenate([scales, blocks], axis=-1).reshape(len(values), -1)
+
+
 def _slice(row: names.Row, weights) -> np.ndarray:
     leaf = weights[row.ours]
-    return np.asarray(leaf if row.index is None else leaf[row.index]).astype(np.float32)
+    return np.asarray(leaf[row.index]).astype(np.float32)
 
 
-def _type_of(name: str, row: names.Row, weights, kind: Kind) -> Kind:
-    shape = _arranged_shape(name, row, weights)
+def _type_of(name: str, row: names.Row, weights, kind: Kind, as_packed: bool) -> Kind:
+    shape, leaf = _arranged_shape(name, row, weights), weights[row.ours]
     if len(shape) != 2:
         return Kind.F32
+    if as_packed and isinstance(leaf, PackedLeaf):
+        whole_rows = leaf.scale.shape[-1] == 1
+        if name == _PATCHES and not whole_rows:
+            return Kind.F32  # the order of its columns changes: its groups would not stay together
+        kind = Kind.Q4_0 if leaf.values.dtype == np.uint8 else Kind.Q8_0
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         raise ConfigError(
@@ -181,7 +216,7 @@ def _type_of(name: str, row: names.Row, weights, kind: Kind) -> Kind:
 
 def _arranged_shape(name: str, row: names.Row, weights) -> tuple[int, ...]:
     shape = tuple(weights[row.ours].shape)
-    shape = shape if row.index is None else shape[1:]
+    shape = shape[len(row.index) :]
     return (shape[1], shape[0], shape[2]) if name == "v.position_embd.weight" else shape
 
 
@@ -189,7 +224,7 @@ def _arranged(name: str, values: np.ndarray, config: ModelConfig) -> np.ndarray:
     """A tensor in the client's order: patch columns (channel, row, column), one position table after the other."""
     if name == "v.position_embd.weight":
         return np.ascontiguousarray(values.transpose(1, 0, 2))
-    if name == "v.patch_embd.weight" or name.startswith("v.patch_norm.1."):
+    if name == _PATCHES or name.startswith("v.patch_norm.1."):
         side = config.vision.model_patch_size
         tiles = values.reshape(*values.shape[:-1], side, side, 3)
         return np.ascontiguousarray(np.moveaxis(tiles, -1, -3)).reshape(values.shape)

@@ -1,5 +1,5 @@
-"""Weights to a Hugging Face folder: shards with an index, configurations, tokenizer; the folder appears only when
-complete.
+"""Weights to a Hugging Face folder: shards with an index, configurations, tokenizer, a model card to fill in; the folder
+appears only when complete.
 
 Names come from the table that import reads (``interop.names``), so import, export, import gives the same bits.
 """
@@ -21,6 +21,7 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import CheckpointError, ConfigError
 from gemma4_jax.interop import hf_config, names
 from gemma4_jax.interop.hf_import import INDEX, SINGLE
+from gemma4_jax.interop.model_card import CARD, model_card
 from gemma4_jax.interop.safetensors_io import write_file
 
 DRAFTER_FOLDER = "drafter"
@@ -59,13 +60,17 @@ def save_folder(
     if len(dtypes) != 1:
         raise ConfigError(f"weights have dtypes {', '.join(sorted(dtypes))}; give dtype= to store them in one")
     stored = dtypes.pop()
-    texts = dict(files or {})
+    texts = {CARD: model_card(config, stored, name=Path(path).name), **(files or {})}
     texts["config.json"] = _json(hf_config.published_config(config, spelling) | {"dtype": stored})
     texts["generation_config.json"] = _json(hf_config.published_generation_config(config))
     drafter_texts = {}
     if config.drafter:
         values = hf_config.published_drafter_config(config, spelling) | {"dtype": stored}
-        drafter_texts = {"config.json": _json(values), "generation_config.json": texts["generation_config.json"]}
+        drafter_texts = {
+            CARD: model_card(config, stored, name=f"{Path(path).name}: drafter", form="drafter"),
+            "config.json": _json(values),
+            "generation_config.json": texts["generation_config.json"],
+        }
     with new_folder(path) as folder:
         parts = [(folder, names.target_rows(config, names.LAYOUTS["gemma4_unified"]), texts)]
         if config.drafter:
@@ -135,12 +140,12 @@ def _shard_name(index: int, count: int) -> str:
 
 def _shape(row: names.Row, leaf, dtype: str) -> tuple[np.dtype, tuple[int, ...]]:
     kind = np.dtype(dtype) if _is_float(leaf) else np.dtype(np.int64)
-    return kind, tuple(leaf.shape if row.index is None else leaf.shape[1:])
+    return kind, tuple(leaf.shape[len(row.index) :])
 
 
 def _tensor(row: names.Row, weights, dtype: np.dtype) -> np.ndarray:
     leaf = weights[row.ours]
-    return np.asarray(leaf if row.index is None else leaf[row.index]).astype(dtype, copy=False)
+    return np.asarray(leaf[row.index]).astype(dtype, copy=False)
 
 
 def _is_float(leaf) -> bool:
