@@ -115,9 +115,31 @@ def load_weights(
         reading: a weight that is not finite, a head that is not the table, a token ordering that is no permutation.
         One line naming tensor and file.
     """
-    place, packed = place or put_on_device, packed or {}
-    rows, tensors = list(rows), list_tensors(folder)
-    check_tensors(folder, rows, shapes, tensors)
+    tensors = list_tensors(folder)
+    rows = list(rows)
+    weights = fill_weights(
+        folder, tensors, rows, shapes, packed=packed, place=place, workers=workers, progress=progress
+    )
+    _check_head(tensors, rows)
+    return weights
+
+
+def fill_weights(
+    where: str | Path,
+    tensors: Mapping[str, Any],
+    rows: Iterable[Row],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    packed: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]] | None = None,
+    pack: Callable[..., None] | None = None,
+    place: Place | None = None,
+    workers: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """``load_weights`` from tensors by published name. where: named in errors. pack: instead of ``pack_into_leaf``."""
+    place, packed, pack = place or put_on_device, packed or {}, pack or pack_into_leaf
+    rows = list(rows)
+    check_tensors(where, rows, shapes, tensors)
     leaves: dict[str, list[Row]] = {}
     for row in rows:
         leaves.setdefault(row.ours, []).append(row)
@@ -131,8 +153,8 @@ def load_weights(
 
     def fill(job) -> tuple[dict[str, np.ndarray], bool]:
         buffers, row, last = job
-        targets = [buffer if row.index is None else buffer[row.index] for buffer in buffers.values()]
-        read = _pack_into if row.ours in packed else _read_into
+        targets = [buffer[row.index] for buffer in buffers.values()]
+        read = pack if row.ours in packed else _read_into
         read(*targets, tensors[row.published], row)
         if progress:
             progress(tensors[row.published].nbytes)
@@ -146,7 +168,6 @@ def load_weights(
     for name, leaf in shapes.items():
         if name.endswith("/layer_scalar") and name not in weights:  # families without this number multiply by 1
             weights[name] = place(name, np.ones(leaf.shape, leaf.dtype))
-    _check_head(tensors, rows)
     return weights
 
 
@@ -185,7 +206,7 @@ def check_tensors(
         raise CheckpointError(f"{tensors[extra[0]].file}: unexpected tensor {extra[0]} ({len(extra)} unexpected)")
     for name, row in wanted.items():
         leaf, tensor = shapes[row.ours], tensors[name]
-        shape = leaf.shape if row.index is None else leaf.shape[1:]
+        shape = leaf.shape[len(row.index) :]
         if tensor.shape != tuple(shape):
             raise CheckpointError(f"{tensor.file}: tensor {name} has shape {tensor.shape} but {tuple(shape)} is needed")
         integer = np.issubdtype(leaf.dtype, np.integer)
@@ -215,7 +236,8 @@ def _read_into(target: np.ndarray, tensor: StoredTensor, row: Row) -> None:
             raise CheckpointError(f"{tensor.file}: tensor {tensor.name} overflows {target.dtype}")
 
 
-def _pack_into(values: np.ndarray, scale: np.ndarray, tensor: StoredTensor, row: Row) -> None:
+def pack_into_leaf(values: np.ndarray, scale: np.ndarray, tensor: StoredTensor, row: Row) -> None:
+    """Quantise a tensor into packed buffers (O, …), a few rows at a time."""
     del row  # norms alone have an offset
     for where, block in _finite_blocks(tensor):
         with np.errstate(over="ignore"):  # looked for below

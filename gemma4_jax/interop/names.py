@@ -1,8 +1,8 @@
 """The one table between our parameters and published tensor names; import and export read it in either direction.
 
-Ours are the flat names of the trainer (``model/groups/layers/0/mlp/up_proj/weight``), where the stacked groups have a
-leading
-axis: such a leaf corresponds to one published tensor per group. Weights are stored alike on both sides, (out, in).
+Ours are the flat names of the trainer (``model/groups/runs/0/mlp/up_proj/weight``), where stacked layers have two leading
+axes (group, place in the run): such a leaf corresponds to one published tensor per layer. Weights are stored alike on both
+sides, (out, in).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.model.decoder import layer_pattern
+from gemma4_jax.model.decoder import layer_places
 
 HEAD = "lm_head.weight"  # tied: a copy of the table, or absent
 
@@ -43,13 +43,12 @@ DRAFTER_TYPES = ("gemma4_unified_assistant", "gemma4_assistant")
 class Row:
     """One row of the table.
 
-    ours: flat name of the leaf. index: which slice of its leading axis, None for the whole leaf. published: tensor
-    name.
+    ours: flat name of the leaf. index: of the slice in its leading axes, () for the whole leaf. published: tensor name.
     offset: the published norm weight is ours minus 1.
     """
 
     ours: str
-    index: int | None
+    index: tuple[int, ...]
     published: str
     offset: bool = False
 
@@ -75,14 +74,14 @@ def canonical(published: str) -> str:
 
 def target_rows(config: ModelConfig, layout: Layout) -> list[Row]:
     """Rows of the target: embedding, layers in order, final norm, media embedders."""
-    rows = [Row("model/embedder/table", None, f"{layout.prefix}embed_tokens.weight")]
-    for i, (place, index) in enumerate(_layer_places(config)):
+    rows = [Row("model/embedder/table", (), f"{layout.prefix}embed_tokens.weight")]
+    for i, (place, index) in enumerate(layer_places(config)):
         separate = config.separate_values(config.layer_types[i])
         heads = ("q_proj", "k_proj", "v_proj", "o_proj") if separate else ("q_proj", "k_proj", "o_proj")
-        rows += _layer_rows(place, index, f"{layout.prefix}layers.{i}.", heads, ("q_norm", "k_norm"), layout)
-    rows.append(Row("model/final_norm/weight", None, f"{layout.prefix}norm.weight", layout.offset_norms))
+        rows += _layer_rows(f"model/{place}", index, f"{layout.prefix}layers.{i}.", heads, ("q_norm", "k_norm"), layout)
+    rows.append(Row("model/final_norm/weight", (), f"{layout.prefix}norm.weight", layout.offset_norms))
     if config.vision:
-        rows += [Row(f"model/vision/{_path(name)}", None, f"model.vision_embedder.{name}") for name in _VISION]
+        rows += [Row(f"model/vision/{_path(name)}", (), f"model.vision_embedder.{name}") for name in _VISION]
         rows.append(_projection("vision"))
     if config.audio:
         rows.append(_projection("audio"))
@@ -92,20 +91,20 @@ def target_rows(config: ModelConfig, layout: Layout) -> list[Row]:
 def drafter_rows(config: ModelConfig) -> list[Row]:
     """Rows of the drafter (mtp.md: sizes)."""
     layout, drafter = DRAFTER_LAYOUT, config.drafter
-    rows = [Row("drafter/embedder/table", None, "model.embed_tokens.weight")]
+    rows = [Row("drafter/embedder/table", (), "model.embed_tokens.weight")]
     for i in range(drafter.num_hidden_layers):
-        rows += _layer_rows(
-            f"drafter/layers/{i}", None, f"model.layers.{i}.", ("q_proj", "o_proj"), ("q_norm",), layout
-        )
-    rows.append(Row("drafter/final_norm/weight", None, "model.norm.weight"))
-    rows += [Row(f"drafter/{name}/weight", None, f"{name}.weight") for name in ("pre_projection", "post_projection")]
+        rows += _layer_rows(f"drafter/layers/{i}", (), f"model.layers.{i}.", ("q_proj", "o_proj"), ("q_norm",), layout)
+    rows.append(Row("drafter/final_norm/weight", (), "model.norm.weight"))
+    rows += [Row(f"drafter/{name}/weight", (), f"{name}.weight") for name in ("pre_projection", "post_projection")]
     if drafter.use_ordered_embeddings:
-        rows.append(Row("drafter/centroids", None, "masked_embedding.centroids.weight"))
-        rows.append(Row("drafter/token_ordering", None, "masked_embedding.token_ordering"))
+        rows.append(Row("drafter/centroids", (), "masked_embedding.centroids.weight"))
+        rows.append(Row("drafter/token_ordering", (), "masked_embedding.token_ordering"))
     return rows
 
 
-def _layer_rows(place: str, index: int | None, published: str, projections, norms, layout: Layout) -> Iterator[Row]:
+def _layer_rows(
+    place: str, index: tuple[int, ...], published: str, projections, norms, layout: Layout
+) -> Iterator[Row]:
     for name in (*(f"self_attn.{p}" for p in projections), *_MLP):
         yield Row(f"{place}/{_path(name)}/weight", index, f"{published}{name}.weight")
     for name in (*(f"self_attn.{n}" for n in norms), *_NORMS):
@@ -114,17 +113,9 @@ def _layer_rows(place: str, index: int | None, published: str, projections, norm
         yield Row(f"{place}/layer_scalar", index, f"{published}layer_scalar")
 
 
-def _layer_places(config: ModelConfig) -> list[tuple[str, int | None]]:
-    """Module path of each layer, in order, and its index in the stack."""
-    kinds, repeats = layer_pattern(config.layer_types)
-    stacked = [(f"model/groups/layers/{j}", g) for g in range(repeats) for j in range(len(kinds))]
-    rest = config.num_hidden_layers - len(stacked)
-    return stacked + [(f"model/tail/{j}", None) for j in range(rest)]
-
-
 def _projection(part: str) -> Row:
     name = "embedding_projection"
-    return Row(f"model/{part}/{name}/weight", None, f"model.embed_{part}.{name}.weight")
+    return Row(f"model/{part}/{name}/weight", (), f"model.embed_{part}.{name}.weight")
 
 
 def _path(name: str) -> str:

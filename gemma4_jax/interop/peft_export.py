@@ -76,7 +76,7 @@ def _tensors(rows: Sequence[names.Row], weights: Mapping[str, Any]) -> dict[str,
         if f"{place}/lora/a" in weights:
             halves = {theirs: weights[f"{place}/lora/{half}"] for theirs, half in _HALVES.items()}
             found[row.published.removesuffix(".weight")] = {
-                theirs: np.asarray(leaf if row.index is None else leaf[row.index]) for theirs, leaf in halves.items()
+                theirs: np.asarray(leaf[row.index]) for theirs, leaf in halves.items()
             }
     return found
 

@@ -2,12 +2,14 @@
 
 Axis letters: B batch, T positions, D model width, K key/value heads, H head width, V vocabulary.
 
-The layer pattern (5 sliding + 1 global in the 12B) is one ``Group`` of blocks, stacked along a leading axis and run with
-``nnx.scan``: compile time does not grow with depth. Sampling takes the same blocks unstacked (``unstack``).
+The layer pattern (5 sliding + 1 global in the 12B) is one ``Group``: runs of like blocks, each run stacked along an axis
+and run with ``nnx.scan``; the groups are stacked and scanned in turn. So compile time does not grow with depth, and no more
+than one layer's recomputed values are alive in the backward pass. Sampling takes the same blocks unstacked (``unstack``).
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -74,19 +76,46 @@ def decoder_block(config: ModelConfig, kind: str, rngs: nnx.Rngs) -> Block:
 
 
 class Group(nnx.Module):
-    """The repeating run of layers. ``__call__`` carries the newest keys/values of each kind along."""
+    """The repeating part of the layer pattern. runs: one stack of blocks for each run of equal kinds, in order.
+
+    ``__call__`` carries the newest keys/values of each kind along.
+    """
 
     def __init__(self, config: ModelConfig, kinds: tuple[str, ...], rngs: nnx.Rngs):
         self.config = config
-        self.layers = nnx.List([decoder_block(config, kind, rngs) for kind in kinds])
+        self.runs = nnx.List([_stack(count, _block_maker(config, kind), rngs) for kind, count in runs_of(kinds)])
 
     def __call__(self, x, kv, ropes, masks):
         """One pass with full masked attention; ``kv`` is replaced by this group's last of each kind."""
         kv = dict(kv)
-        step = _remat(self.config, _block_step)
-        for block in self.layers:
-            x, kv[block.kind] = step(block, x, ropes[block.kind], masks[block.kind])
+        for run in self.runs:
+            kind = run.kind
+            x, kv[kind] = self._layer_by_layer(run, (x, kv[kind]), ropes[kind], masks[kind])
         return x, kv
+
+    def _layer_by_layer(self, run, carry, rope, mask):
+        step = _remat(self.config, _block_step)
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def scan(carry, block):
+            return step(block, carry[0], rope, mask)
+
+        return scan(carry, run)
+
+
+def _block_maker(config: ModelConfig, kind: str):
+    return lambda rngs: decoder_block(config, kind, rngs)
+
+
+def _stack(count: int, make, rngs: nnx.Rngs):
+    """``count`` modules that ``make(rngs)`` gives, their arrays stacked along a new leading axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs):
+        return make(rngs)
+
+    return stack(rngs)
 
 
 def _attend_with(mask: jax.Array, config: ModelConfig) -> Attend:
@@ -114,8 +143,27 @@ def layer_pattern(layer_types: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
     return best[1], best[2]
 
 
+def runs_of(kinds: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Runs of equal kinds: (kind, count) in order."""
+    return [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
+
+
+def layer_places(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """Where each layer lives, in order: path below the model, and its index in the leading axes of the arrays there.
+
+    ``("groups/runs/R", (group, place in the run))``, or ``("tail/J", ())``.
+    """
+    kinds, repeats = layer_pattern(config.layer_types)
+    runs = runs_of(kinds)
+    places: list[tuple[str, tuple[int, ...]]] = [
+        (f"groups/runs/{r}", (g, i)) for g in range(repeats) for r, (_, count) in enumerate(runs) for i in range(count)
+    ]
+    return places + [(f"tail/{j}", ()) for j in range(config.num_hidden_layers - len(places))]
+
+
 class Gemma4(nnx.Module):
-    """The network. Attributes: embedder, groups (stacked), tail (list), final_norm, vision, audio.
+    """The network. Attributes: embedder, groups (stacked: groups first, then layers of a run), tail (list), final_norm,
+    vision, audio.
 
     Raises nothing of its own: shapes are checked where data enters (pipeline, sampler, ``g4.logits``).
     """
@@ -125,13 +173,7 @@ class Gemma4(nnx.Module):
         self.config = config
         self.embedder = Embedder(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         kinds, repeats = layer_pattern(config.layer_types)
-
-        @nnx.split_rngs(splits=repeats)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs):
-            return Group(config, kinds, rngs)
-
-        self.groups = stack(rngs)
+        self.groups = _stack(repeats, lambda rngs: Group(config, kinds, rngs), rngs)
         rest = config.layer_types[len(kinds) * repeats :]
         self.tail = nnx.List([decoder_block(config, kind, rngs) for kind in rest])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -215,12 +257,11 @@ def _remat(config: ModelConfig, function):
 
 def unstack(model: Gemma4) -> list[Block]:
     """The blocks in layer order, each with weights of its own sliced out of the stack (a copy: for sampling)."""
-    _, repeats = layer_pattern(model.config.layer_types)
-    graph, state = nnx.split(model.groups)
+    stacks = [nnx.split(run) for run in model.groups.runs]
     blocks = []
-    for i in range(repeats):
-        group = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
-        blocks.extend(group.layers)
+    for place, index in layer_places(model.config)[: model.config.num_hidden_layers - len(model.tail)]:
+        graph, state = stacks[int(place.rpartition("/")[2])]
+        blocks.append(nnx.merge(graph, jax.tree.map(lambda leaf, index=index: leaf[index], state)))
     return [*blocks, *model.tail]
 
 

@@ -9,7 +9,9 @@ O_v, D)``, gate/up ``(2F, D)``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from gemma4_jax.model.attention import Attention
-from gemma4_jax.model.decoder import Block, Gemma4, layer_pattern
+from gemma4_jax.model.decoder import Block, Gemma4, layer_pattern, runs_of
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.layers import Embedder, FeedForward, Linear, soft_cap
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
@@ -181,21 +183,35 @@ class ReadTarget(nnx.Module):
 
 def _blocks(model: Gemma4, release: bool) -> Iterator[Block]:
     """Layers in order; what is handed out is not held here."""
-    _, repeats = layer_pattern(model.config.layer_types)
-    graph, state = nnx.split(model.groups)
+    kinds, repeats = layer_pattern(model.config.layer_types)
+    runs = runs_of(kinds)
+    stacks = [_unstacked(run, release) for run in model.groups.runs]
+    for _ in range(repeats):
+        for stack, (_, count) in zip(stacks, runs, strict=True):
+            yield from itertools.islice(stack, count)
+    yield from model.tail
+
+
+def _unstacked(run: Block, release: bool) -> Iterator[Block]:
+    """The layers of one stack in order, all cut at once; with ``release`` its arrays are freed one by one."""
+    graph, state = nnx.split(run)
     variables, tree = jax.tree.flatten(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
     slices = []
     for variable in variables:
         leaf = variable.get_value()
         shared = isinstance(variable, Quantized) and _on_host(leaf)
-        parts = _views(leaf) if shared else [leaf[i] for i in range(repeats)]
+        parts = _views(leaf) if shared else [leaf[index] for index in np.ndindex(*leaf.shape[:2])]
         slices.append([variable.replace(part) for part in parts])
         if release and not shared:
             jax.block_until_ready(parts)
             leaf.delete()
-    for _ in range(repeats):
-        yield from nnx.merge(graph, jax.tree.unflatten(tree, [parts.pop(0) for parts in slices])).layers
-    yield from model.tail
+    return (nnx.merge(graph, jax.tree.unflatten(tree, list(parts))) for parts in _drain(slices))
+
+
+def _drain(slices: list[list[Any]]) -> Iterator[list[Any]]:
+    """The first of every list, then the second, …; nothing that was handed out is kept."""
+    while slices[0]:
+        yield [parts.pop(0) for parts in slices]
 
 
 def _on_host(leaf: jax.Array) -> bool:
@@ -205,7 +221,7 @@ def _on_host(leaf: jax.Array) -> bool:
 def _views(leaf: jax.Array) -> list[jax.Array]:
     """A stack's slices in the memory of the stack (where they are aligned as the backend wants, else copies)."""
     host, device = np.asarray(leaf), next(iter(leaf.devices()))
-    return [jax.device_put(part, device) for part in host]
+    return [jax.device_put(host[index], device) for index in np.ndindex(*host.shape[:2])]
 
 
 def _readable(block: Block) -> Block:

@@ -1,6 +1,6 @@
 """Optimisers, schedules, and which parameters they touch.
 
-Parameters are a flat dict of names (``model/groups/layers/0/mlp/up_proj/weight``). Selection is by glob patterns over names,
+Parameters are a flat dict of names (``model/groups/runs/0/mlp/up_proj/weight``). Selection is by glob patterns over names,
 and every selection has to say something about every parameter: what nobody decided is an error, not a default.
 """
 

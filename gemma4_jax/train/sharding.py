@@ -4,7 +4,7 @@ Mesh axes: ``data`` (copies), ``fsdp`` (weights and moments cut, gathered layer 
 feed-forward and vocabulary cut). A batch is cut over ``data`` and ``fsdp`` together.
 
 There is one table from parameter names to logical axes, and one from logical axes to mesh axes. Weights are (out, in);
-those under ``groups`` are stacked and have the group axis in front.
+those under ``groups`` are stacked and have two more axes in front (group, layer of the run).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import ConfigError
-from gemma4_jax.model.decoder import layer_pattern
+from gemma4_jax.model.decoder import layer_places
 from gemma4_jax.train import trees
 
 AXES = ("data", "fsdp", "tensor")
@@ -153,11 +153,11 @@ def _spec(name: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mesh) ->
 
 
 def _kv_heads(config: ModelConfig, name: str) -> int:
-    """Key/value heads of the layer that ``model/groups/layers/I/…`` or ``model/tail/I/…`` belongs to."""
-    _, place, *rest = name.split(trees.SEPARATOR)
-    kinds, repeats = layer_pattern(config.layer_types)
-    layer = int(rest[1]) if place == "groups" else len(kinds) * repeats + int(rest[0])
-    return config.kv_heads(config.layer_types[layer])
+    """Key/value heads of the layers that ``model/groups/runs/R/…`` or ``model/tail/J/…`` holds."""
+    for kind, (place, _) in zip(config.layer_types, layer_places(config), strict=True):
+        if name.startswith(f"model/{place}/"):
+            return config.kv_heads(kind)
+    raise ConfigError(f"parameter {name} has key/value heads but belongs to no layer of the model")
 
 
 def shardings_like(tree: Any, parameters: Mapping[str, NamedSharding], mesh: Mesh) -> Any:

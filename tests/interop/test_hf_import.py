@@ -66,7 +66,7 @@ def test_every_tensor_lands_in_its_place(source, tensors):
         Network(hf_config.model_config(hf_config.read_json(source / "single/config.json"))).shapes
     )
     for row in rows:
-        leaf = weights[row.ours] if row.index is None else weights[row.ours][row.index]
+        leaf = weights[row.ours][row.index]
         np.testing.assert_array_equal(leaf, tensors[row.published])
 
 
@@ -376,3 +376,8 @@ def test_a_folder_with_tokenizer_and_generation_settings(folder):
     assert bundle.config.image_token_id == 60
     assert bundle.tokenizer.fingerprint() == tokenizer.fingerprint()
     assert bundle.chat_template == "{{ bos_token }}"
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "{{ messages }}"}))
+    assert g4.load(folder, dtype="float32").chat_template == "{{ bos_token }}"
+    (folder / "chat_template.jinja").unlink()
+    assert g4.load(folder, dtype="float32").chat_template == "{{ messages }}"

@@ -34,7 +34,7 @@ def test_peak_memory_of_an_import(tmp_path):
     rows = names.target_rows(CONFIG, names.LAYOUTS["gemma4_unified"])
     shapes, kind = Network(CONFIG).shapes, np.dtype(ml_dtypes.bfloat16)
     tensors = {
-        row.published: (kind, tuple(shapes[row.ours].shape if row.index is None else shapes[row.ours].shape[1:]))
+        row.published: (kind, tuple(shapes[row.ours].shape[len(row.index) :]))
         for row in rows
     }
     size = write_file(tmp_path / "model.safetensors", tensors, lambda name: np.full(tensors[name][1], 0.01, kind))

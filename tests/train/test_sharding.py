@@ -33,7 +33,7 @@ def test_axes_multiply_to_the_devices():
 def test_every_real_parameter_has_a_rule(real):
     for name, leaf in real.shapes.items():
         axes = sharding.logical_axes(name)
-        stacked = name.startswith("model/groups/")
+        stacked = 2 * name.startswith("model/groups/")
         assert len(leaf.shape) == len(axes) + stacked, name
     with pytest.raises(ConfigError, match="no sharding rule covers parameter model/new/thing"):
         sharding.logical_axes("model/new/thing")
@@ -41,15 +41,15 @@ def test_every_real_parameter_has_a_rule(real):
 
 def test_specs_of_the_real_model(real):
     found = parameter_shardings(real.shapes, real.config, make_mesh(MeshConfig(1, 4, 2)))
-    layer = "model/groups/layers/{}/self_attn/{}_proj/weight"
+    layer = "model/groups/runs/{}/self_attn/{}_proj/weight"
     expected = {
         "model/embedder/table": P("tensor", "fsdp"),
-        layer.format(0, "q"): P(None, "tensor", "fsdp"),
-        layer.format(0, "k"): P(None, "tensor", "fsdp"),  # 8 local key/value heads on 2 devices
-        layer.format(5, "k"): P(None, None, "fsdp"),  # 1 global head is not cut
-        layer.format(0, "o"): P(None, "fsdp", "tensor"),
-        "model/groups/layers/0/mlp/down_proj/weight": P(None, "fsdp", "tensor"),
-        "model/groups/layers/0/input_layernorm/weight": P(None, None),
+        layer.format(0, "q"): P(None, None, "tensor", "fsdp"),
+        layer.format(0, "k"): P(None, None, "tensor", "fsdp"),  # 8 local key/value heads on 2 devices
+        layer.format(1, "k"): P(None, None, None, "fsdp"),  # 1 global head is not cut
+        layer.format(0, "o"): P(None, None, "fsdp", "tensor"),
+        "model/groups/runs/0/mlp/down_proj/weight": P(None, None, "fsdp", "tensor"),
+        "model/groups/runs/0/input_layernorm/weight": P(None, None, None),
         "drafter/embedder/table": P("tensor", "fsdp"),
     }
     for name, spec in expected.items():

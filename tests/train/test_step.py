@@ -32,8 +32,11 @@ def whole(trainer):
 def test_accumulation_equals_whole_batch(trainer, whole, accumulation):
     """8x1 = 4x2 = 1x8 with unequal numbers of supervised tokens (the plain mean of means is off by far more)."""
     grads, metrics = gradients_of(trainer, mini.random_batch(), accumulation)
-    for name, expected in whole[0].items():
-        np.testing.assert_allclose(grads[name], expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max() + 1e-8)
+    off = {name: np.linalg.norm(grads[name] - expected) for name, expected in whole[0].items()}
+    size = {name: np.linalg.norm(expected) for name, expected in whole[0].items()}
+    assert np.linalg.norm([*off.values()]) <= 1e-6 * np.linalg.norm([*size.values()])
+    for name in off:  # a small leaf has fewer roundings to average over
+        assert off[name] <= 4e-6 * size[name] + 1e-8, name
     for name, expected in whole[1].items():
         np.testing.assert_allclose(metrics[name], expected, rtol=1e-6)
 
@@ -104,7 +107,7 @@ def test_state_is_created_where_it_belongs_with_the_same_values(trainer):
     """No process ever holds a whole cut weight, and the mesh does not change the initial values."""
     cut = mini.mini_trainer(mesh=(1, 4, 2))
     state = cut.init()
-    weight = state.params["model/groups/layers/0/mlp/up_proj/weight"]
+    weight = state.params["model/groups/runs/0/mlp/up_proj/weight"]
     assert weight.shape == (1, 32, 16)
     assert weight.addressable_shards[0].data.shape == (1, 16, 4)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == weight.shape]
