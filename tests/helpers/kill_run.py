@@ -1,11 +1,13 @@
 """Runs that are killed at moments drawn by lot, and one that is not.
 
-    python kill_run.py FOLDER KILLS SEED WORKERS [WORKERS …]
+    python kill_run.py FOLDER KILLS SEED HOW WORKERS [WORKERS …]
 
-``FOLDER/whole`` is left alone; in ``FOLDER/killed-W`` (W data workers) lives follow one another, KILLS of which end by SIGKILL
-at the n-th thing that happens in the run's folder (a file opened, renamed, removed, a folder made, in whatever thread) or in
-its data (a batch taken). Every life is a fork of this process, which has imported everything but never used a device.
-Prints a JSON list of the lives: workers, the event it was to die at, how it ended.
+``FOLDER/whole`` is left alone. In ``FOLDER/killed-W-R`` (W data workers, run R) lives follow one another until the run is done;
+two of them may be killed. Runs are added until each W has seen KILLS kills. HOW ``events``: by SIGKILL at the n-th thing that
+happens in the run's folder (a file opened, renamed, removed, a folder made, in whatever thread) or in its data (a batch
+taken). HOW ``times``: by an alarm's default action after so many milliseconds, in whatever code. Every life is a fork of
+this process, which has imported everything but never used a device. Prints a JSON list of the lives: run, when it was to
+die, how it ended.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -57,10 +60,13 @@ class KillFeed(Feed):
 
 
 class Fate:
-    """Kills this process at the n-th event; 0: never."""
+    """Kills this process at the n-th event, below 0 after so many milliseconds; 0: never."""
 
     def __init__(self, workdir, at):
         self.count, self._place, self._at = 0, str(workdir), at
+        if at < 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, -at / 1000)
 
     def event(self):
         self.count += 1
@@ -120,22 +126,32 @@ def fork(folder, workdir, workers, kill_at):
     return os.waitstatus_to_exitcode(status), int(text or 0)
 
 
-def main(folder, kills, seed, workers):
+def main(folder, kills, seed, how, workers):
     """All runs; see the module's text."""
     write_corpus(folder)
+    began = time.monotonic()
     code, events = fork(folder, folder / "whole", 0, 0)
-    lives = [{"workers": 0, "at": 0, "code": code, "events": events}]
+    milliseconds = int(1000 * (time.monotonic() - began))
+    lives = [{"run": "whole", "at": 0, "code": code}]
     lot = random.Random(seed)
     for number in workers:
-        workdir = folder / f"killed-{number}"
-        for killed in itertools.count():
-            at = lot.randint(1, max(events // 2, 1)) if killed < kills else 0
-            code, count = fork(folder, workdir, number, at)
-            lives.append({"workers": number, "at": at, "code": code, "events": count})
-            if code == 0:
-                break
+        killed = run = 0
+        while killed < kills:
+            name, code = f"killed-{number}-{run}", None
+            for life in itertools.count():
+                at = 0
+                if life < 2 and killed < kills:
+                    at = lot.randint(1, events) if how == "events" else -lot.randint(1, milliseconds)
+                code, _ = fork(folder, folder / name, number, at)
+                lives.append({"run": name, "at": at, "code": code})
+                if code == 0:
+                    break
+                if code not in (-signal.SIGKILL, -signal.SIGALRM):
+                    sys.exit(f"{lives[-1]} failed")
+                killed += 1
+            run += 1
     print(json.dumps(lives))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [int(w) for w in sys.argv[4:]])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], [int(w) for w in sys.argv[5:]])
