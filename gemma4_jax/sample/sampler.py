@@ -33,8 +33,8 @@ FINISH_REASONS = {decode.STOPPED: "stop", decode.FULL_LENGTH: "length"}
 @dataclasses.dataclass
 class Stats:
     """rounds: verification passes a row, summed over rows. drafted, accepted: tokens proposed and kept.
-    accepted_per_step: how often each draft step was accepted. Rates count all rows together; decoding leaves
-      compilation out."""
+    accepted_per_step: how often each draft step was accepted. Rates count all rows together; decoding leaves compilation
+    out."""
 
     rounds: int = 0
     drafted: int = 0

@@ -118,7 +118,7 @@ class WebChat:
             thought = parts.get(THINKING)
             yield View([*before, *_shown(parts.get("answer", ""), thought, "answer" not in parts)], [], "")
         messages = [*before, *_shown(_with_calls(reply), reply.thinking, False)]
-        tokens = token_spans(self._sampler.tokenizer, reply)
+        tokens = token_spans(self._sampler.tokenizer, reply.tokens, reply.drafted)
         plain = None
         if compare and self.has_drafter:
             yield View(messages, tokens, speed_table(reply, None))
@@ -147,18 +147,18 @@ def sort_files(files: Sequence[str]) -> dict[str, list[str]]:
     return media
 
 
-def token_spans(tokenizer, reply: ChatReply) -> list[tuple[str, str]]:
-    """The reply's tokens as text, control tokens by name, each with ``DRAFTED`` or ``OWN``; half a character joins the next."""
+def token_spans(tokenizer, tokens: Sequence[int], drafted: Sequence[bool]) -> list[tuple[str, str]]:
+    """New tokens as text, control tokens by name, each with ``DRAFTED`` or ``OWN``; half a character joins the next."""
     names = {index: name for name, index in tokenizer.special_tokens.items()}
-    stream, spans = tokenizer.stream(), []
-    for index, drafted in zip(reply.tokens, reply.drafted, strict=True):
-        label = DRAFTED if drafted else OWN
+    stream, spans, label = tokenizer.stream(), [], OWN
+    for index, proposed in zip(tokens, drafted, strict=True):
+        label = DRAFTED if proposed else OWN
         if index in names:
             spans += [(stream.flush(), label), (names[index], label)]
             stream = tokenizer.stream()
         else:
             spans.append((stream.push(index), label))
-    spans.append((stream.flush(), spans[-1][1] if spans else OWN))
+    spans.append((stream.flush(), label))
     return [span for span in spans if span[0]]
 
 
