@@ -2,13 +2,15 @@
 
     python launch.py --config configs/ablation.py --sweep draft_steps
     python launch.py --config configs/ablation.py --sweep draft_steps --dry_run
-    python launch.py --config configs/ablation.py --sweep first_result --config.train.steps=300
+    python launch.py --config configs/ablation.py:mini --sweep first_result
+    python launch.py --config configs/ablation.py:frozen --sweep drafter_depth --config.base.checkpoint=FOLDER
 
 Every ``sweep_NAME()`` below changes what its first line names and nothing else; any other field is set for all its members on
 the command line (``--config.train.steps=2000``, ``--config.data.batch_size=16``). Hardware: 2 CPU cores, 2 GB, some minutes
 a member. Expected: in the sweep's folder ``sweep.md`` with mean and spread over seeds, ``sweep.csv`` and ``plots/``.
 """
 
+from configs import finetune
 from gemma4_jax.config import unknown_name
 from gemma4_jax.train.defaults import override_model, training_config
 from gemma4_jax.train.sweeps import over_seeds
@@ -47,7 +49,17 @@ def mini():
     return config
 
 
-SIZES = {"base": base, "mini": mini}
+def frozen():
+    """The drafter alone, on a target that a run of ``mini`` (``loss.mtp_weight=0``: without a drafter) has trained before."""
+    config, like = finetune.get_config("drafter"), mini()
+    config.base.checkpoint = "runs/ablation-mini"
+    for section in ("data", "loss", "optimizer", "train"):
+        kept = ("mtp_stop_gradient", "trainable")
+        config[section].update({name: value for name, value in like[section].items() if name not in kept})
+    return config
+
+
+SIZES = {"base": base, "mini": mini, "frozen": frozen}
 
 
 def get_config(arg="base"):
@@ -86,7 +98,7 @@ def sweep_distill():
 
 
 def sweep_joint():
-    """Whether the drafter's gradient reaches the target."""
+    """Whether the drafter's gradient reaches the target (a target that is frozen altogether: ``:frozen``)."""
     for stop in (False, True):
         yield from over_seeds({"loss.mtp_stop_gradient": stop})
 
@@ -152,6 +164,13 @@ def sweep_value_norm():
 
 
 # How it is trained.
+
+
+def sweep_optimizer():
+    """The optimiser, each at three peak learning rates."""
+    for name in ("adamw", "adafactor", "muon"):
+        for rate in (2e-3, 5e-3, 1e-2):
+            yield from over_seeds({"optimizer.name": name, "optimizer.learning_rate": rate})
 
 
 def sweep_learning_rate():

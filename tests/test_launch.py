@@ -258,7 +258,10 @@ def test_a_sweep_survives_a_failed_member_and_skips_finished_ones(
     assert "1 of 3 members failed: 1-depth=2-name=a_b_c" in capsys.readouterr().err
     table = (tmp_path / "s" / "sweep.csv").read_text().splitlines()
     assert table[0].startswith("member,status,part.depth") and len(table) == 4
-    assert "| 1-depth=2-name=a_b_c | failed |" in (tmp_path / "s" / "sweep.md").read_text()
+    report = (tmp_path / "s" / "sweep.md").read_text()
+    assert (
+        "| depth=2, name=a/b c | 0 of 1 |  |" in report and "1 of 3 members failed:\n\n- 1-depth=2-name=a_b_c" in report
+    )
     assert (tmp_path / "s" / "plots" / "sweep_depth.png").stat().st_size > 0
     ran = fake_processes(monkeypatch, tmp_path)
     assert run(*command) == 0

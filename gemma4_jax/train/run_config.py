@@ -27,14 +27,15 @@ _BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no"
 
 
 def load_config(spec: str, root: Path) -> tuple[ConfigDict, types.ModuleType, str]:
-    """Run ``get_config`` of ``PATH.py[:ARG]``.
+    """Run ``get_config`` of ``PATH.py[:ARG]``, or read the ``config.json`` of a run, to repeat it.
 
     Args:
       spec: a path, relative to the working directory or to ``root``, with an optional argument.
       root: folder of the repository.
 
     Returns:
-      The locked config, the config file's module, and the run's name (file name, and the argument if any).
+      The locked config, the config file's module, and the run's name (file name, and the argument if any; of a run's
+      ``config.json`` that run's name and ``again``).
 
     Raises:
       ConfigError: no such file (lists the choices), or an argument that the file does not know.
@@ -44,6 +45,8 @@ def load_config(spec: str, root: Path) -> tuple[ConfigDict, types.ModuleType, st
     if path is None:
         choices = sorted(f"configs/{p.name}" for p in (root / "configs").glob("*.py") if p.stem not in ("__init__",))
         raise unknown_name("config file", filename, choices)
+    if path.suffix == ".json":
+        return _read_resolved(path), types.ModuleType("config"), f"{path.resolve().parent.name}-again"
     module = _import_file(path)
     if not callable(getattr(module, "get_config", None)):
         raise ConfigError(f"{filename} has no get_config() function")
@@ -62,6 +65,23 @@ def _import_file(path: Path) -> types.ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _read_resolved(path: Path) -> ConfigDict:
+    """The inverse of ``resolved``. Raises ConfigError for a file that is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(f"{path} is not JSON: not the config.json of a run") from None
+    if not isinstance(values, dict) or "experiment" not in values:
+        raise ConfigError(f"{path} has no field 'experiment': not the config.json of a run")
+    return ConfigDict(_with_tuples(values)).lock()
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_tuples(entry) for name, entry in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def set_field(config: ConfigDict, dotted: str, value: Any) -> None:
