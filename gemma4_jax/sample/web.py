@@ -237,7 +237,7 @@ def build_page(web: WebChat, *, thinking: bool = False, compare: bool = True):
     """
     gr = load_gradio()
     with gr.Blocks(title="gemma4_jax", analytics_enabled=False) as page:
-        state = gr.State(Conversation)
+        state = gr.State(Conversation())
         with gr.Row():
             with gr.Column(scale=3):
                 log = gr.Chatbot(label="Conversation", height=480, elem_id="conversation", buttons=["copy"])
@@ -288,4 +288,7 @@ def serve(page, options: WebOptions, announce: Callable[[str], Any] = print) -> 
         footer_links=[],
     )
     announce(f"listening on {url}" + (f" and {public}" if public else ""))
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        page.close(verbose=False)
