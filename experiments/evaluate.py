@@ -15,7 +15,7 @@ from gemma4_jax.errors import ConfigError
 from gemma4_jax.evaluate import Scorer, decoding_acceptance, needle_scores, teacher_forced_acceptance, text_loss
 from gemma4_jax.evaluate import options as fields
 from gemma4_jax.evaluate.html_report import write_report
-from gemma4_jax.evaluate.texts import read_texts
+from gemma4_jax.evaluate.texts import read_texts, spread_prompts
 from gemma4_jax.sample.answers import score_answers
 from gemma4_jax.train import plots
 from gemma4_jax.train.checkpoints import write_atomically
@@ -88,7 +88,7 @@ def _acceptances(bundle, texts, text: fields.TextOptions, options: fields.Accept
         window, rows = text.window, text.batch_size
         forced = teacher_forced_acceptance(bundle, pieces, steps=options.steps, window=window, batch_size=rows)
         found.setdefault("teacher_forced", {})[kind] = forced
-        prompts = _prompts(bundle.tokenizer, pieces, options) if options.prompts else []
+        prompts = spread_prompts(bundle.tokenizer, pieces, options.prompts, options.prompt_tokens)
         for temperature in options.temperatures if prompts else ():
             drafted, _ = decoding_acceptance(sampler, prompts, new_tokens=options.new_tokens, temperature=temperature)
             found.setdefault(f"decoding_{temperature:g}", {})[kind] = drafted
@@ -103,14 +103,6 @@ def _acceptances(bundle, texts, text: fields.TextOptions, options: fields.Accept
             if part.sampled is not None:
                 results[f"{kind}_acceptance_sampled_{way}_1"] = part.sampled
     return results
-
-
-def _prompts(tokenizer, pieces: list[str], options: fields.AcceptanceOptions) -> list[list[int]]:
-    """The beginnings of as many stretches of the texts, spread evenly."""
-    ids = [index for piece in pieces for index in tokenizer.encode(piece, bos=False)]
-    length = options.prompt_tokens - 1
-    starts = [i * max(0, len(ids) - length) // options.prompts for i in range(options.prompts)]
-    return [[tokenizer.bos_id, *ids[start : start + length]] for start in starts]
 
 
 def _needles(bundle, pieces: list[str], options: fields.NeedleOptions, workdir: Path) -> Results:
@@ -140,7 +132,7 @@ def _needles(bundle, pieces: list[str], options: fields.NeedleOptions, workdir: 
 
 def _media_task(bundle, task: str, options: fields.MediaTaskOptions, data: DataOptions) -> Results:
     source = open_source(task, "heldout", data)
-    sampler = g4.Sampler(bundle, min(bundle.config.max_position_embeddings, 1024))
+    sampler = g4.Sampler(bundle, min(bundle.config.max_position_embeddings, options.max_length))
     name, results = task.partition(":")[0], {}
     for blind in (False, True) if options.blind else (False,):
         score = score_answers(

@@ -70,16 +70,17 @@ class NeedleOptions:
 @dataclasses.dataclass(frozen=True)
 class MediaTaskOptions:
     """Fields of ``config.media``: tasks (data sources of conversations; none: none of this), how many questions of each
-    (0: all), blind: also with the media blanked out, new_tokens of an answer."""
+    (0: all), blind: also with the media blanked out, new_tokens of an answer, max_length of question and answer together."""
 
     tasks: tuple[str, ...] = ()
     count: int = 100
     blind: bool = True
     new_tokens: int = 16
+    max_length: int = 2048
     batch_size: int = 32
 
     def __post_init__(self):
-        _at_least("media", self, count=0, new_tokens=1, batch_size=1)
+        _at_least("media", self, count=0, new_tokens=1, max_length=2, batch_size=1)
 
 
 @dataclasses.dataclass(frozen=True)

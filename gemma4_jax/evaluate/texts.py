@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma4_jax.config import unknown_name
@@ -50,6 +50,14 @@ def read_texts(
         if not found[name]:
             raise DataError(f"text.sources: {entry!r} has no text")
     return found
+
+
+def spread_prompts(tokenizer, texts: Sequence[str], count: int, length: int) -> list[list[int]]:
+    """``count`` stretches of ``length`` tokens, bos included, from places spread evenly over texts (shorter if they are)."""
+    ids = [index for text in texts for index in tokenizer.encode(text, bos=False)]
+    body = length - 1
+    starts = [i * max(0, len(ids) - body) // count for i in range(count)]
+    return [[tokenizer.bos_id, *ids[start : start + body]] for start in starts]
 
 
 def _texts(source: Any, options: DataOptions) -> Iterator[str]:

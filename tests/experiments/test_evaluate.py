@@ -54,6 +54,29 @@ def test_texts_drafts_and_needles(checkpoint, tmp_path):
     } <= drawn
 
 
+def test_digits_and_a_task_of_lm_eval(checkpoint, tmp_path):
+    """Only these parts: a random model asked for two digits, seeing and blind, and a task file of our own."""
+    (checkpoint / "data.jsonl").write_text(json.dumps({"question": "a b", "answer": " c"}) + "\n")
+    (checkpoint / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {checkpoint}/data.jsonl\n"
+        'output_type: loglikelihood\ntest_split: test\ndoc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+        "metric_list:\n  - metric: perplexity\n  - metric: acc\n"
+    )
+    parts = [
+        "text.sources=()",
+        'media.tasks=("digits",)',
+        "media.count=2",
+        "media.new_tokens=3",
+        "media.max_length=512",
+    ]
+    harness = ['harness.tasks=("mine",)', f"harness.include_path={checkpoint}"]
+    assert launch.main(command(checkpoint, tmp_path / "w", *parts, *harness)) == 0
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert results["digits_count"] == 2 and results["digits_exact"] == 0.0 == results["digits_blind_exact"]
+    assert results["mine_acc"] == 0.0 and results["mine_perplexity"] > 1
+    assert "prose_bytes" not in results
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
