@@ -58,7 +58,7 @@ def run(config, workdir: Path) -> dict[str, Any]:
     feed = Feed(data, workdir, model, make_mesh(MeshConfig(**config.mesh)))
     trainer = defaults.make_trainer(config, model, media_kinds=feed.train.media_kinds)
     if jax.process_index() == 0:
-        print(trainable_table(trainer.network.shapes, trainer.names), flush=True)
+        print(trainable_table(trainer.network.shapes, trainer.names, trainer.masks), flush=True)
     files = {**_files_of(bundle), **feed.files(defaults.model_json(model))}
     weights = bundle_weights(bundle)
     del bundle  # its arrays are moved into the training state

@@ -155,7 +155,7 @@ def describe(config: ConfigDict, model: ModelConfig, trainer: Trainer) -> str:
     tokens = data.batch_size * data.seq_len
     lines = [
         "parameters: " + ", ".join(f"{name} {size:,}" for name, size in parts.items() if size),
-        trainable_table(shapes, trainer.names),
+        trainable_table(shapes, trainer.names, trainer.masks),
         "mesh: " + " x ".join(f"{axis} {size}" for axis, size in trainer.mesh.shape.items()),
         f"tokens: {tokens:,} a step, {tokens * config.train.steps:,} in {config.train.steps:,} steps",
         plan.table(),

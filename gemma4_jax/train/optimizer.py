@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import contrib
 
@@ -247,15 +248,44 @@ def lr_factors(names: Sequence[str], multipliers: Sequence[tuple[str, float]]) -
     return factors
 
 
-def select(names: Sequence[str], patterns: Sequence[str], field: str = "train.trainable") -> set[str]:
+def only_layers(
+    optimizer: optax.GradientTransformation, masks: Mapping[str, np.ndarray]
+) -> optax.GradientTransformation:
+    """The optimiser for some layers of stacked weights; the others have no gradient and do not move, nor decay.
+
+    Args:
+      masks: by parameter name, bool over leading axes; parameters without one move whole.
+    """
+
+    def cut(tree):
+        return {
+            name: leaf * masks[name].reshape(masks[name].shape + (1,) * (leaf.ndim - masks[name].ndim)) if name in masks else leaf
+            for name, leaf in tree.items()
+        }  # fmt: skip
+
+    def update(grads, state, params=None):
+        updates, state = optimizer.update(cut(grads), state, params)
+        return cut(updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def select(
+    names: Sequence[str] | Mapping[str, Sequence[str]], patterns: Sequence[str], field: str = "train.trainable"
+) -> set[str]:
     """Parameters chosen by glob patterns; ``!pattern`` excludes; the last matching pattern decides.
+
+    Args:
+      names: of the parameters; a mapping gives further names that patterns may mean by.
 
     Raises:
       ConfigError: a pattern that matches nothing, or a parameter about which no pattern says anything.
     """
+    spellings = names if isinstance(names, Mapping) else {name: (name,) for name in names}
     decision: dict[str, bool] = {}
     for pattern in patterns:
-        matches = [name for name in names if fnmatch.fnmatchcase(name, pattern.removeprefix("!"))]
+        bare = pattern.removeprefix("!")
+        matches = [name for name, texts in spellings.items() if any(fnmatch.fnmatchcase(t, bare) for t in texts)]
         if not matches:
             raise ConfigError(f"{field}: pattern {pattern!r} matches none of the {len(names)} parameters")
         decision.update(dict.fromkeys(matches, not pattern.startswith("!")))

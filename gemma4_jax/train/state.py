@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.losses import LossConfig
-from gemma4_jax.model.decoder import Gemma4
+from gemma4_jax.model.decoder import Gemma4, layer_places
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.lora import add_adapters
 from gemma4_jax.packed import quantize_modules
@@ -140,11 +141,41 @@ def trainable_names(
     Raises:
       ConfigError: from ``optimizer.select``, or when nothing is left.
     """
-    chosen = optimizers.select(list(network.shapes), patterns)
-    names = chosen - set(untrained(network, loss, media_kinds))
+    units = _units(network)
+    chosen = optimizers.select({unit: (unit, name) for unit, (name, _) in units.items()}, patterns)
+    names = {units[unit][0] for unit in chosen} - set(untrained(network, loss, media_kinds))
     if not names:
         raise ConfigError(f"train.trainable {list(patterns)} leaves nothing to train")
     return names
+
+
+def layer_masks(network: Network, names: Collection[str], patterns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Which layers of stacked weights train, for those of ``names`` of which not all do: bool over the leading axes."""
+    units = _units(network)
+    chosen = optimizers.select({unit: (unit, name) for unit, (name, _) in units.items()}, patterns)
+    masks: dict[str, np.ndarray] = {}
+    for unit, (name, index) in units.items():
+        if index and name in names:
+            masks.setdefault(name, np.zeros(network.shapes[name].shape[: len(index)], bool))[index] = unit in chosen
+    return {name: mask for name, mask in masks.items() if not mask.all()}
+
+
+def _units(network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What patterns choose among: every weight, those of the target's layers one by one as ``model/layers/I/…``.
+
+    Returns:
+      Name of the unit -> the weight's name in the trainer, and the layer's index in its leading axes (() if not stacked).
+    """
+    places: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    for layer, (place, index) in enumerate(layer_places(network.config)):
+        places.setdefault(f"model/{place}/", []).append((layer, index))
+    units = {}
+    for name in network.shapes:
+        place = next((place for place in places if name.startswith(place)), None)
+        for layer, index in places.get(place, [(-1, ())]):
+            unit = name if place is None else f"model/layers/{layer}/{name.removeprefix(place)}"
+            units[unit] = (name, index)
+    return units
 
 
 def create_state(

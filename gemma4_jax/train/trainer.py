@@ -33,8 +33,8 @@ class TrainOptions:
     whose best checkpoint is kept as well ("": none; the lowest value, of acceptance the highest). ema_decay: keep a moving
     average of the trained weights, which evaluation and ``g4.load`` then use (0: none). nan_policy: at a loss or gradient
     that is not finite ``stop`` with an error, or ``skip`` the update and count it. memory_limit_gb: what ``--dry_run``
-    compares a device's peak with (0: nothing). trainable: glob patterns over parameter names, ``!pattern`` leaves out, the
-    last match decides.
+    compares a device's peak with (0: nothing). trainable: glob patterns over parameter names (single
+    layers of the target are ``model/layers/I/…``), ``!pattern`` leaves out, the last match decides.
     """
 
     steps: int = 1000
@@ -81,7 +81,8 @@ class Trainer:
       devices: None for all.
 
     Attributes:
-      network, mesh, names (trained parameters), abstract (TrainState of shapes with shardings), train_step, eval_step.
+      network, mesh, names (trained parameters), masks (layers of stacked ones, where not all train), abstract
+      (TrainState of shapes with shardings), train_step, eval_step.
 
     Raises:
       ConfigError: contradictions between the sections, naming the fields.
@@ -110,8 +111,11 @@ class Trainer:
         self.loss = dataclasses.replace(loss, vocab_shards=self.mesh.shape["tensor"])
         self.network = states.Network(model)
         self.names = states.trainable_names(self.network, self.loss, options.trainable, media_kinds)
+        self.masks = states.layer_masks(self.network, self.names, options.trainable)
         schedule = optimizers.make_schedule(optimizer, options.steps)
         self.optimizer = optimizers.make_optimizer(optimizer, schedule, sorted(self.names))
+        if self.masks:
+            self.optimizer = optimizers.only_layers(self.optimizer, self.masks)
         create = functools.partial(states.create_state, self.network, self.names, self.optimizer, seed,
                                    averaged=options.ema_decay > 0, referenced=loss.name == "dpo")  # fmt: skip
         shapes = jax.eval_shape(create, {})
