@@ -1,6 +1,6 @@
 """Speed beside installed peers, in turns within one run.
 
-    python launch.py --config configs/benchmark.py:train   (or decode, prefill, speculative)
+    python launch.py --config configs/benchmark.py:train   (or decode, prefill, speculative, load)
 
 Needs the ``[test]`` extra for transformers and torch. Hardware: 2 CPU cores, 8 GB, a few minutes. Expected: ``results.json`` and
 ``table.md`` with tokens per second, peak memory and the ratio of both sides.
@@ -46,7 +46,23 @@ def speculative():
     return _sampling("speculative", new_tokens=96)
 
 
-MODES = {"train": train, "decode": decode, "prefill": prefill, "speculative": speculative}
+def load():
+    """Memory of the 12B with drafter and media, by weight format: at which length it fits which card. Nothing runs."""
+    return _config(
+        "load",
+        model="gemma4_12b",
+        schemes=("none", "int8", "int4"),
+        dtype="bfloat16",
+        cache_dtype="bfloat16",
+        lengths=(8192, 32_768, 131_072, 262_144),
+        draft_tokens=4,
+        chunk=512,
+        cards_gb=(8, 12, 16, 24),
+        reserve_gb=0.5,
+    )
+
+
+MODES = {"train": train, "decode": decode, "prefill": prefill, "speculative": speculative, "load": load}
 
 
 def get_config(arg="train"):

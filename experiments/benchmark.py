@@ -14,11 +14,12 @@ MODES = {
     "decode": "experiments.benchmarks.sampling",
     "prefill": "experiments.benchmarks.sampling",
     "speculative": "experiments.benchmarks.sampling",
+    "load": "experiments.benchmarks.load",
 }
 
 
 def run(config, workdir: Path) -> dict[str, Any]:
-    """Measure one mode; returns flat numbers and writes ``table.md`` and a plot.
+    """Measure one mode; returns flat numbers and writes ``table.md`` and, of speeds, a plot.
 
     Raises:
       ConfigError: ``config.benchmark.mode`` is none of ``MODES``.
@@ -28,9 +29,10 @@ def run(config, workdir: Path) -> dict[str, Any]:
         raise unknown_name("config.benchmark.mode", mode, MODES)
     module = importlib.import_module(MODES[mode])
     results = module.measure({**config.options.to_dict(), "mode": mode}, config.benchmark.threads)
-    (workdir / "table.md").write_text(table(results))
+    (workdir / "table.md").write_text(module.table(results) if mode == "load" else table(results))
     rates = {name: value for name, value in results.items() if name.endswith("tokens_per_second")}
-    bars(workdir / "plots" / f"{mode}.png", list(rates), list(rates.values()), "tokens per second")
+    if rates:
+        bars(workdir / "plots" / f"{mode}.png", list(rates), list(rates.values()), "tokens per second")
     return results
 
 

@@ -35,6 +35,7 @@ def run(config, workdir: Path) -> dict[str, Any]:
             convert.source,
             drafter=convert.drafter or None,
             dtype=convert.load_dtype or None,
+            quantization=convert.quantization or None,
             workers=convert.workers,
             progress=bar.update,
         )
@@ -48,6 +49,7 @@ def run(config, workdir: Path) -> dict[str, Any]:
     return {
         "output": str(output),
         "format": convert.format,
+        "quantization": bundle.quantization or "none",
         "tensors": len(weights),
         "parameters": sum(leaf.size for leaf in weights),
         "bytes_before": sum(file.stat().st_size for folder in sources for file in _files(folder)),

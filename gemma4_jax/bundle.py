@@ -20,7 +20,7 @@ from flax import nnx
 from gemma4_jax import quantize
 from gemma4_jax.config import DTYPES, SCHEMES, LoraConfig, ModelConfig, get_preset, unknown_name
 from gemma4_jax.errors import CheckpointError, ConfigError, PromptError
-from gemma4_jax.interop import gguf_export, hf_config, hf_export, hf_import, names, peft_export
+from gemma4_jax.interop import gguf_export, gguf_import, hf_config, hf_export, hf_import, names, peft_export
 from gemma4_jax.media import MediaOptions, Processor
 from gemma4_jax.model.decoder import Gemma4
 from gemma4_jax.model.drafter import Drafter, draft_rollout
@@ -31,6 +31,7 @@ from gemma4_jax.train.state import Network
 
 FORMATS = ("checkpoint", "huggingface", "gguf", "peft")
 TEMPLATE = "chat_template.jinja"
+GGUF = ".gguf"
 _LENGTH_STEP = 16  # rows are padded to a multiple, so that few lengths are compiled
 
 # Control tokens whose ids the configuration repeats.
@@ -135,8 +136,10 @@ def load(
     """A bundle from disk.
 
     Args:
-      path: a Hugging Face folder, one of our checkpoints, or a run's folder (its newest complete checkpoint).
-      drafter: a Hugging Face folder of a drafter for it; not for a checkpoint of ours that holds its own.
+      path: a Hugging Face folder, one of our checkpoints, a run's folder (its newest complete checkpoint), or the GGUF file
+        of a text model.
+      drafter: a Hugging Face folder (for a GGUF file: such a file) of a drafter for it; not for a checkpoint of ours that
+        holds its own.
       dtype: of weights and activations; None: as stored.
       quantization: ``int8`` or ``int4`` packs matrices and tables (``gemma4_jax.packed``), those of a Hugging Face folder
         as they are read; None: as stored.
@@ -153,10 +156,13 @@ def load(
         raise unknown_name("quantization", quantization, (None, *SCHEMES))
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, (*DTYPES, None))
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix != GGUF:
         raise CheckpointError(f"{path} is not a folder")
     options = {"workers": workers, "progress": progress, "quantization": quantization}
-    read = _load_published if _is_published(path) else _load_checkpoint
+    if path.suffix == GGUF:
+        read = _load_gguf
+    else:
+        read = _load_published if _is_published(path) else _load_checkpoint
     return read(path, None if drafter is None else Path(drafter), dtype, mesh, **options)
 
 
@@ -194,12 +200,38 @@ def _load_published(path: Path, drafter: Path | None, dtype: str | None, mesh, *
     return _assemble(network, weights, tokenizer, path)
 
 
-def _read_part(part: str, folder: Path, rows: list[names.Row], network: Network, mesh, options) -> dict[str, Any]:
-    """Weights of ``model`` or ``drafter`` from a Hugging Face folder, packed if the network is."""
+def _load_gguf(path: Path, drafter: Path | None, dtype: str | None, mesh, *, quantization, **options) -> Bundle:
+    file = gguf_import.File(path)
+    tokenizer = gguf_import.tokenizer_of(file)
+    config = gguf_import.model_config(file, tokenizer, dtype or "float32")
+    parts = {"model": (file, names.target_rows(config, names.LAYOUTS["gemma4_unified"]))}
+    if drafter is not None:
+        own = gguf_import.File(drafter)
+        config = dataclasses.replace(config, drafter=gguf_import.drafter_config(own, config))
+        parts["drafter"] = (own, names.drafter_rows(config))
+    network = Network(quantize.with_scheme(config, quantization))
+    weights: dict[str, Any] = {}
+    for part, (source, rows) in parts.items():
+        plain, packed = _shapes_of(part, network)
+        weights |= hf_import.fill_weights(
+            source.path, source.published(rows), rows, plain, packed=packed, pack=gguf_import.pack_leaf,
+            place=_placer(network, mesh), **options,
+        )  # fmt: skip
+    bundle = _assemble(network, weights, tokenizer)
+    return dataclasses.replace(bundle, chat_template=gguf_import.chat_template(file.fields))
+
+
+def _shapes_of(part: str, network: Network) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Shapes of the plain leaves of ``model`` or ``drafter``, and those of the packed ones by the plain name."""
     shapes = network.shapes
     packed = {name: {own: shapes[own] for own in parts} for name, parts in quantize.packed_of(shapes).items()}
     plain = shapes if not packed else Network(quantize.with_scheme(network.config, None)).shapes
-    plain = {name: leaf for name, leaf in plain.items() if name.startswith(f"{part}/")}
+    return {name: leaf for name, leaf in plain.items() if name.startswith(f"{part}/")}, packed
+
+
+def _read_part(part: str, folder: Path, rows: list[names.Row], network: Network, mesh, options) -> dict[str, Any]:
+    """Weights of ``model`` or ``drafter`` from a Hugging Face folder, packed if the network is."""
+    plain, packed = _shapes_of(part, network)
     return hf_import.load_weights(folder, rows, plain, packed=packed, place=_placer(network, mesh), **options)
 
 
@@ -316,7 +348,7 @@ def save(bundle: Bundle, path: str | Path, format: str = "checkpoint", dtype: st
 
 def _save_published(bundle: Bundle, path: Path, dtype: str | None) -> None:
     files, bundle = _text_files(bundle), merge_lora(bundle)
-    hf_export.save_folder(path, bundle.config, bundle_weights(bundle), files=files, dtype=dtype)
+    hf_export.save_folder(path, bundle.config, _readable_weights(bundle), files=files, dtype=dtype)
 
 
 def _save_gguf(bundle: Bundle, path: Path, dtype: str | None) -> None:
@@ -324,11 +356,16 @@ def _save_gguf(bundle: Bundle, path: Path, dtype: str | None) -> None:
     gguf_export.save_folder(
         path,
         bundle.config,
-        bundle_weights(bundle),
+        _readable_weights(bundle),
         tokenizer=bundle.tokenizer,
         chat_template=bundle.chat_template,
-        dtype=dtype or bundle.config.param_dtype,
+        dtype=dtype or gguf_export.PACKED_DTYPES.get(bundle.quantization, bundle.config.param_dtype),
     )
+
+
+def _readable_weights(bundle: Bundle) -> dict[str, Any]:
+    """The plain network's weights by name; packed ones are unpacked when they are read."""
+    return quantize.readable_weights(bundle_weights(bundle), bundle.config.param_dtype)
 
 
 def _save_adapters(bundle: Bundle, path: Path, dtype: str | None) -> None:

@@ -170,6 +170,45 @@ def dequantize_weights(weights: Mapping[str, jax.Array], dtype: str) -> dict[str
 _unpack = jax.jit(unpack, static_argnums=2)
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedLeaf:
+    """A packed matrix that reads like the plain one, slice by slice: only what is asked for is unpacked.
+
+    values, scale: as stored. dtype: of what is read.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the plain matrix (…, O, I)."""
+        return (*self.values.shape[:-1], self.values.shape[-1] * (2 if self.values.dtype == np.uint8 else 1))
+
+    @property
+    def size(self) -> int:
+        """Numbers."""
+        return math.prod(self.shape)
+
+    def __getitem__(self, index) -> jax.Array:
+        """Unpacked weights of a slice in the leading axes."""
+        return _unpack(*self.packed(index), self.dtype.name)
+
+    def packed(self, index) -> tuple[jax.Array, jax.Array]:
+        """Values and scale of a slice in the leading axes."""
+        return self.values[index], self.scale[index]
+
+
+def readable_weights(weights: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Flat weights under the names of the plain network, each packed one as a ``PackedLeaf``: for export."""
+    packed = packed_of(weights)
+    taken = {part for parts in packed.values() for part in parts}
+    plain = {name: leaf for name, leaf in weights.items() if name not in taken}
+    kind = jnp.dtype(dtype)
+    return plain | {name: PackedLeaf(weights[v], weights[s], kind) for name, (v, s) in packed.items()}
+
+
 def planned_bytes(leaves: Mapping[str, Any], packed: Mapping[str, Any], scheme: str) -> int:
     """Bytes of a quantised model: half a byte or one a weight and two a scale, the rest as it is.
 

@@ -90,6 +90,30 @@ class Tokenizer:
             raise PromptError(f"{origin}: not a tokenizer: no field 'model'")
         return cls(tokenizers.Tokenizer.from_str(text), settings)
 
+    @classmethod
+    def of_entries(
+        cls, names: Sequence[str], merges: Sequence[tuple[str, str]], special: Sequence[str], added: Sequence[str] = ()
+    ) -> Tokenizer:
+        """A tokenizer of Gemma's form from its parts.
+
+        Args:
+          names: entries in the order of their ids. merges: pairs of entries, most frequent first.
+          special: control tokens. added: entries that are found whole in any text.
+
+        Raises:
+          PromptError: parts that do not fit together.
+        """
+        known = set(names)
+        if len(known) != len(names):
+            raise PromptError(f"a tokenizer of {len(names)} entries has {len(names) - len(known)} of them twice")
+        missing = next((name for name in (BOS, UNK, *special, *added) if name not in known), None)
+        if missing is not None:
+            raise PromptError(f"the tokenizer has no entry {missing!r}")
+        wrong = next((pair for pair in merges if not {*pair, "".join(pair)} <= known or len(pair) != 2), None)
+        if wrong is not None:
+            raise PromptError(f"the tokenizer's merge {' '.join(wrong)!r} is of entries that it does not have")
+        return cls(_backend(names, list(merges), special, [name for name in added if name not in SPECIAL_TOKENS]))
+
     def to_json(self) -> str:
         """The text of a ``tokenizer.json``, readable by ``tokenizers`` and ``transformers``."""
         return self._backend.to_str(pretty=True)
@@ -425,6 +449,10 @@ def _gemma_form(entries: list[str], merges: list[tuple[str, str]], vocab_size: i
     taken = set(names)
     unused = (name for index in range(2 * vocab_size) if (name := f"<unused{index}>") not in taken)
     names += [next(unused) for _ in range(vocab_size - len(names))]
+    return _backend(names, merges, SPECIAL_TOKENS)
+
+
+def _backend(names: Sequence[str], merges, special: Sequence[str], added: Sequence[str] = ()) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             vocab={name: index for index, name in enumerate(names)},
@@ -443,5 +471,6 @@ def _gemma_form(entries: list[str], merges: list[tuple[str, str]], vocab_size: i
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[bos]
     )
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in added])
     return backend

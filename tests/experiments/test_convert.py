@@ -46,7 +46,7 @@ def test_to_hugging_face_and_back(start, tmp_path):
 
 def test_bad_arguments_are_one_line(start, tmp_path, capsys):
     assert convert("to_onnx", start[0], tmp_path / "w") == 2
-    assert "choices: from_hf, to_hf, to_gguf" in capsys.readouterr().err
+    assert "choices: from_hf, to_hf, to_gguf, quantize" in capsys.readouterr().err
     assert convert("to_gguf", start[0], tmp_path / "x") == 2  # a tokenizer without merges
     assert "no merges" in capsys.readouterr().err
     assert convert("to_hf", tmp_path / "absent", tmp_path / "y") != 0
@@ -54,3 +54,28 @@ def test_bad_arguments_are_one_line(start, tmp_path, capsys):
     assert "absent is not a folder" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "x" / "output").exists()
+
+
+def test_quantize_from_hugging_face(start, tmp_path):
+    """The report adds up; an interrupted run, which leaves a half-written result, is done again over it."""
+    _, bundle = start
+    g4.save(bundle, tmp_path / "hf", format="huggingface")
+    half = tmp_path / "a" / "output" / "params"
+    half.mkdir(parents=True)
+    (half / "junk").write_text("half")
+    source = tmp_path / "hf"
+    fields = (f"drafter={source / 'drafter'}", "quantization=int8")
+    assert convert("quantize", source, tmp_path / "a", *fields) == 0
+    report = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert report["quantization"] == "int8"
+    back = g4.load(report["output"], dtype=None)
+    assert back.quantization == "int8"
+    assert report["bytes_in_memory"] == sum(leaf.nbytes for leaf in bundle_weights(back).values())
+    assert report["bytes_in_memory"] < 0.35 * report["bytes_before"]
+    assert not (half / "junk").exists()
+    first = (tmp_path / "a" / "checksums.json").read_text()
+    assert convert("quantize", source, tmp_path / "b", *fields) == 0
+    assert set(json.loads((tmp_path / "b" / "checksums.json").read_text())) == set(json.loads(first))
+    assert (
+        convert("quantize", source, tmp_path / "c", f"output={report['output']}", *fields) != 0
+    )  # nothing is overwritten
