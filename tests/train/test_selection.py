@@ -32,7 +32,7 @@ def chosen_layers(network, patterns):
     for row in target_rows(network.config, LAYOUTS["gemma4_unified_text"]):
         if row.published.endswith("up_proj.weight") and row.ours in names:
             mask = masks.get(row.ours, np.ones(network.shapes[row.ours].shape[:-2], bool))
-            if mask[row.index if row.index is not None else ()]:
+            if mask[row.index]:
                 found.append(int(row.published.split(".")[2]))
     return found
 
