@@ -181,7 +181,7 @@ def test_a_visitor_in_a_browser(address, tmp_path):
         assert "Hello there" in log.inner_text()
         rates = page.locator("#speeds td").all_inner_texts()
         assert rates[0] == "tokens/s"
-        spans = page.locator("#tokens .textspan")
+        spans = page.locator("#tokens .token.highlighted")
         colours = set(spans.evaluate_all("spans => spans.map(s => getComputedStyle(s).backgroundColor)"))
         assert len(colours) == 2  # drafted, and the model's own
         page.locator("#message input[type=file]").set_input_files(tmp_path / "red.png")
