@@ -47,7 +47,8 @@ def speculative():
 
 
 def load():
-    """Memory of the 12B with drafter and media, by weight format: at which length it fits which card. Nothing runs."""
+    """Memory of the 12B with drafter and media, by weight format: at which length it fits which card. Nothing runs, unless
+    ``--config.options.quality_source=runs/quickstart --config.options.quality_text=FILE`` asks what the formats cost."""
     return _config(
         "load",
         model="gemma4_12b",
@@ -59,6 +60,9 @@ def load():
         chunk=512,
         cards_gb=(8, 12, 16, 24),
         reserve_gb=0.5,
+        quality_source="",
+        quality_text="",
+        quality_tokens=8192,
     )
 
 

@@ -13,6 +13,8 @@ Tables are int8 in either scheme. Both roundings are those of the ``gguf`` packa
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,10 +129,13 @@ def packed_columns(values: jax.Array, scale: jax.Array, columns: slice) -> tuple
     return values[..., start // per_byte : stop // per_byte], scale
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def fake_quantize(weights: jax.Array, scheme: str) -> jax.Array:
     """Weights as they would be after packing, in their own dtype; gradients pass straight through."""
-    rounded = unpack(*pack(jax.lax.stop_gradient(weights), scheme), weights.dtype)
-    return weights + jax.lax.stop_gradient(rounded - weights)
+    return unpack(*pack(weights, scheme), weights.dtype)
+
+
+fake_quantize.defvjp(lambda weights, scheme: (fake_quantize(weights, scheme), None), lambda scheme, _, g: (g,))
 
 
 # --------------------------------------------------------------------------------------------------------------- products

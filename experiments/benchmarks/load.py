@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import gemma4_jax as g4
 from gemma4_jax.config import ModelConfig, get_preset
+from gemma4_jax.errors import ConfigError
 from gemma4_jax.model.cache import cache_bytes, init_cache
 from gemma4_jax.model.decoder import decoder_block
 from gemma4_jax.model.rope import rope_table
-from gemma4_jax.quantize import with_scheme
+from gemma4_jax.quantize import quantize_model, with_scheme
 from gemma4_jax.sample.attend import DecodeAttend, PrefillAttend
 from gemma4_jax.train.state import Network
 
@@ -33,7 +38,8 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
     Args:
       options: ``model`` (preset), ``schemes`` ("none" or of ``SCHEMES``), ``dtype`` (of activations and unpacked weights),
         ``cache_dtype``, ``lengths`` (tokens), ``draft_tokens``, ``chunk`` (of prefill), ``cards_gb``, ``reserve_gb`` (for
-        programs, allocator and driver).
+        programs, allocator and driver); ``quality_source`` (a trained checkpoint, "": none) and ``quality_text`` (a file of
+        held-out text): how far each format's predictions are from those in ``dtype``, over ``quality_tokens`` tokens.
       threads: unused: nothing runs.
     """
     del threads
@@ -62,7 +68,42 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
             fitting = anchor + (card * GB - fixed - cache[anchor]) // per_token
             fits = fitting if fitting >= base.sliding_window else 0
             results[f"{name}_context_in_{card}gb"] = int(min(fits, base.max_position_embeddings))
+    if options["quality_source"]:
+        bundle = g4.load(options["quality_source"], dtype=options["dtype"])
+        text = Path(options["quality_text"]).read_text(encoding="utf-8")
+        results |= quality(bundle, text, [s for s in options["schemes"] if s != "none"], options["quality_tokens"])
     return results
+
+
+def quality(bundle: g4.Bundle, text: str, schemes: Sequence[str], tokens: int, row: int = 256) -> dict[str, float]:
+    """Perplexity of a text, and by weight format its relative change and the mean KL divergence from the given weights.
+
+    Args:
+      bundle: not quantised, with a tokenizer. text: the first ``tokens`` tokens of it, in rows of ``row``.
+
+    Raises:
+      ConfigError: a text of less than one row.
+    """
+    ids = bundle.tokenizer.encode(text, bos=False)[:tokens]
+    rows = [[bundle.config.bos_token_id, *ids[i : i + row]] for i in range(0, len(ids) - row + 1, row)]
+    if not rows:
+        raise ConfigError(f"the text has {len(ids)} tokens; a row takes {row}")
+    networks = {"": bundle, **{scheme: quantize_model(bundle, scheme) for scheme in schemes}}
+    losses, divergences = dict.fromkeys(networks, 0.0), dict.fromkeys(schemes, 0.0)
+    for one in rows:
+        true = None
+        for scheme, network in networks.items():
+            scores = jax.nn.log_softmax(g4.logits(network, [one])[0, :-1])
+            losses[scheme] -= float(jnp.mean(scores[jnp.arange(row), jnp.asarray(one[1:])])) / len(rows)
+            if true is None:
+                true = scores
+            else:
+                divergences[scheme] += float(jnp.mean(jnp.sum(jnp.exp(true) * (true - scores), axis=-1))) / len(rows)
+    found = {"quality_tokens": len(rows) * row, "quality_perplexity": math.exp(losses[""])}
+    for scheme in schemes:
+        found[f"quality_{scheme}_kl"] = divergences[scheme]
+        found[f"quality_{scheme}_perplexity_change"] = math.exp(losses[scheme] - losses[""]) - 1
+    return found
 
 
 def weight_bytes(config: ModelConfig) -> dict[str, int]:
@@ -146,6 +187,13 @@ def table(results: dict[str, Any]) -> str:
         fitting = [results[f"{name}_context_in_{card}"] for card in cards]
         cells = [f"{size / GB:.2f} GB" for size in sizes] + [f"{n:,}" if n else "no" for n in fitting]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    judged = [name for name in names if f"quality_{name}_kl" in results]
+    if judged:
+        lines += ["", "| | KL from unpacked weights | change of perplexity |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {results[f'quality_{name}_kl']:.4f} | {results[f'quality_{name}_perplexity_change']:+.2%} |"
+            for name in judged
+        ]
     cache = ", ".join(f"{results[f'cache_bytes_{length}'] / GB:.2f} GB at {length}" for length in lengths)
     return "\n".join(
         [

@@ -26,6 +26,7 @@ from gemma4_jax.config import ModelConfig, get_preset
 
 MODULE = "experiments.benchmarks.sampling"
 BYTES = {"float32": 4, "bfloat16": 2}
+SCHEMES = {"q8_0": "int8", "q4_0": "int4"}  # our packed weights, by the name of llama.cpp's
 EARLY, LATE, ROWS = 100, 4000, 8
 
 
@@ -34,7 +35,7 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
 
     Args:
       options: ``mode`` (of the three), ``model`` (preset), ``dtypes``, ``peers`` (of transformers, llama_cpp),
-        ``packed_dtypes`` (further ones of llama.cpp alone), ``rounds`` (turns), ``new_tokens``, ``prompt_tokens``,
+        ``packed_dtypes`` (of ``SCHEMES``: ours and llama.cpp's), ``rounds`` (turns), ``new_tokens``, ``prompt_tokens``,
         ``draft_tokens``, ``acceptance``.
       threads: of the peers.
     """
@@ -42,7 +43,9 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
     peers = options["peers"] if options["mode"] != "speculative" else ()
     for dtype in options["dtypes"]:
         sides += [("ours", dtype)] + [(peer, dtype) for peer in peers]
-    packed = options["packed_dtypes"] if "llama_cpp" in peers else ()
+    packed = options["packed_dtypes"] if options["mode"] != "speculative" else ()
+    sides += [("ours", dtype) for dtype in packed]
+    packed = packed if "llama_cpp" in peers else ()
     sides += [("llama_cpp", dtype) for dtype in packed]
     with tempfile.TemporaryDirectory() as folder:
         if "llama_cpp" in peers:
@@ -65,13 +68,19 @@ def _results(options: dict[str, Any], taken: dict[str, dict[str, float]]) -> dic
     results: dict[str, Any] = {"parameters": config.num_parameters(), **{f"machine_{k}": v for k, v in machine.items()}}
     for side, numbers in taken.items():
         results |= {f"{side}_{name}": value for name, value in numbers.items()}
-    for dtype in options["dtypes"]:
+    for dtype in [*options["dtypes"], *(dtype for dtype in SCHEMES if f"ours_{dtype}" in taken)]:
         ours = taken[f"ours_{dtype}"]
         peers = {peer: taken[f"{peer}_{dtype}"] for peer in options["peers"] if f"{peer}_{dtype}" in taken}
         for name in ("decode_tokens_per_second", "prefill_tokens_per_second"):
             for peer, numbers in peers.items():
                 if name in ours and name in numbers:
                     results[f"{name.split('_')[0]}_ratio_to_{peer}_{dtype}"] = ours[name] / numbers[name]
+        if dtype in SCHEMES:
+            for name in ("decode_tokens_per_second", "prefill_tokens_per_second"):
+                if name in ours and "ours_float32" in taken:
+                    ratio = ours[name] / taken["ours_float32"][name]
+                    results[f"{name.split('_')[0]}_ratio_of_{SCHEMES[dtype]}_to_float32"] = ratio
+            continue
         if "decode_tokens_per_second" in ours:
             read = config.num_parameters() * BYTES[dtype] * ours["decode_tokens_per_second"]
             results[f"share_of_bandwidth_{dtype}"] = read / machine["bytes_per_second"]
@@ -130,8 +139,12 @@ def _seconds(function) -> float:
 
 def _bundle(options):
     import gemma4_jax as g4
+    from gemma4_jax.quantize import quantize_model
 
-    return g4.init(model_config(options, options["dtype"]), seed=0)
+    dtype = options["dtype"]
+    if dtype in SCHEMES:
+        return quantize_model(g4.init(model_config(options), seed=0), SCHEMES[dtype])
+    return g4.init(model_config(options, dtype), seed=0)
 
 
 def _sampler(bundle, **options):
@@ -206,29 +219,33 @@ def _ours_speculative(options):
     """Plain and speculative rounds with drafts accepted at ``acceptance`` each, and what verification and drafting cost."""
     import jax.numpy as jnp
 
+    from gemma4_jax.sample.policy import DraftPolicy
+
     bundle = _bundle(options)
     steps, count = options["draft_tokens"], options["new_tokens"]
-    sampler = _sampler(bundle, max_length=1024, draft_tokens=steps)
-    plain = _sampler(bundle, max_length=1024, draft_tokens=0)
+    sampler = _sampler(bundle, max_length=EARLY + 2 * count + 64, draft_tokens=steps)
     prompt = np.random.default_rng(0).integers(5, bundle.config.vocab_size, EARLY).tolist()
-    answer = plain.generate([prompt], max_new_tokens=count, stop_ids=[]).tokens[0]
+    graph, drafter_weights = sampler._drafter
+    free, paid = _scripted(None), _scripted(graph)
+
+    def rate(steps, propose=None):
+        sampler._policies[1] = DraftPolicy(steps)
+        if propose is not None:
+            sampler.replace_drafter(propose, (weights, drafter_weights))
+        return sampler.generate([prompt], max_new_tokens=count, stop_ids=[])
+
+    answer = rate(0).tokens[0]
     length = EARLY + count + 2 * steps + 2
     right = np.zeros((1, length), np.int32)
     right[0, : EARLY + count] = [*prompt, *answer]
     wrong = np.random.default_rng(1).random((1, length)) >= options["acceptance"]
     weights = {"right": jnp.asarray(right), "wrong": jnp.asarray(wrong)}
-    graph, drafter_weights = sampler._drafter
-    free, paid = _scripted(None), _scripted(graph)
-
-    def rate(sampler, propose=None):
-        if propose is not None:
-            sampler.replace_drafter(propose, (weights, drafter_weights))
-        out = sampler.generate([prompt], max_new_tokens=count, stop_ids=[])
-        return out.stats
+    draft_seconds = _draft_seconds(sampler, graph, drafter_weights, steps)
 
     def once():
-        own, cheap, base = rate(sampler, paid), rate(sampler, free), rate(plain)
+        own, cheap, base = (rate(*which).stats for which in ((steps, paid), (steps, free), (0,)))
         seconds = [s.decode_seconds / s.rounds for s in (own, cheap, base)]
+        drafted = draft_seconds()
         return {
             "plain_tokens_per_second": base.tokens_per_second,
             "speculative_tokens_per_second": own.tokens_per_second,
@@ -237,12 +254,38 @@ def _ours_speculative(options):
             "tokens_per_round": own.mean_accepted,
             "round_seconds": seconds[0],
             "verification_seconds": seconds[1],
-            "draft_seconds": seconds[0] - seconds[1],
+            "draft_seconds": drafted,
+            "round_to_its_parts": seconds[0] / (seconds[1] + drafted),
             "plain_round_seconds": seconds[2],
         }
 
-    for _ in range(2):
-        once()
+    once()
+    return once
+
+
+def _draft_seconds(sampler, graph, drafter_weights, steps: int, times: int = 8):
+    """A function that measures seconds of the drafter alone, ``steps`` tokens, in a loop of its own."""
+    import jax
+    from flax import nnx
+
+    from gemma4_jax.sample.decode import draft
+
+    state, wanted, mode = _state(sampler, 1, EARLY)
+    target_graph, target_weights = sampler._target
+
+    @jax.jit
+    def run(target_weights, drafter_weights, state):
+        target, drafter = nnx.merge(target_graph, target_weights), nnx.merge(graph, drafter_weights)
+
+        def again(_, newest):
+            return draft(target, drafter, state._replace(newest=newest), wanted, mode, steps, None)[:, -1]
+
+        return jax.lax.fori_loop(0, times, again, state.newest)
+
+    def once() -> float:
+        return _seconds(lambda: jax.block_until_ready(run(target_weights, drafter_weights, state))) / times
+
+    once()
     return once
 
 

@@ -23,7 +23,7 @@ from gemma4_jax.losses import LossConfig
 from gemma4_jax.model.decoder import Gemma4, layer_places
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.lora import add_adapters
-from gemma4_jax.packed import quantize_modules
+from gemma4_jax.packed import fake_quantize, quantize_modules
 from gemma4_jax.train import optimizer as optimizers
 from gemma4_jax.train import sharding, trees
 
@@ -65,10 +65,19 @@ class Network:
       config: the model configuration.
       shapes: name -> ``jax.ShapeDtypeStruct``, known without allocating anything.
       variables: names of weights that are no ``nnx.Param`` (layer scalars, centroids, token orders): never trained.
+      rounded: weight format by name, of the matrices and tables that ``merge`` rounds; empty unless asked for.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, quantization_aware: str | None = None):
+        """quantization_aware: compute with weights as that scheme would round them, gradients passed straight through.
+
+        Raises:
+          ConfigError: weights that are packed already, or do not fill the scheme's groups.
+        """
         self.config = config
+        self.rounded: dict[str, str] = {}
+        if quantization_aware is not None:
+            self.rounded = _rounded_names(config, quantization_aware)
         parts = nnx.eval_shape(lambda: _build(config, jax.random.key(0)))
         self._parts = {part: nnx.split(module) for part, module in parts.items()}
         self._flat = {part: nnx.to_flat_state(state) for part, (_, state) in self._parts.items()}
@@ -93,12 +102,27 @@ class Network:
 
     def merge(self, params: Mapping[str, jax.Array]) -> tuple[Gemma4, Drafter | None]:
         """The modules with these weights."""
+        params = {
+            name: fake_quantize(leaf, self.rounded[name]) if name in self.rounded else leaf
+            for name, leaf in params.items()
+        }
         modules = {}
         for part, (graph, _) in self._parts.items():
             names = (name for name, _ in self._named(part, self._flat[part]))
             leaves = [(path, v.replace(params[name])) for name, (path, v) in zip(names, self._flat[part], strict=True)]
             modules[part] = nnx.merge(graph, nnx.from_flat_state(leaves))
         return modules["model"], modules.get("drafter")
+
+
+def _rounded_names(config: ModelConfig, scheme: str) -> dict[str, str]:
+    if config.quantization is not None:
+        raise ConfigError(
+            f"train.quantization_aware {scheme!r} rounds plain weights, but model.quantization is {config.quantization!r}"
+        )
+    packed = Network(dataclasses.replace(config, quantization=scheme)).shapes
+    places = [name.removesuffix("/values") for name in packed if name.endswith("/values")]
+    tables = {f"{place}/table": "int8" for place in places if place.endswith("/embedder")}
+    return tables | {f"{place}/weight": scheme for place in places if not place.endswith("/embedder")}
 
 
 def _build(config: ModelConfig, key: jax.Array) -> dict[str, nnx.Module]:

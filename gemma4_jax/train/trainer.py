@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_jax.config import ModelConfig, unknown_name
+from gemma4_jax.config import SCHEMES, ModelConfig, unknown_name
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.losses import LossConfig
 from gemma4_jax.train import optimizer as optimizers
@@ -32,9 +32,10 @@ class TrainOptions:
     evaluation on the way and of the last one (0: all). keep: newest checkpoints to keep. keep_best: an evaluation's metric,
     whose best checkpoint is kept as well ("": none; the lowest value, of acceptance the highest). ema_decay: keep a moving
     average of the trained weights, which evaluation and ``g4.load`` then use (0: none). nan_policy: at a loss or gradient
-    that is not finite ``stop`` with an error, or ``skip`` the update and count it. memory_limit_gb: what ``--dry_run``
-    compares a device's peak with (0: nothing). trainable: glob patterns over parameter names (single
-    layers of the target are ``model/layers/I/…``), ``!pattern`` leaves out, the last match decides.
+    that is not finite ``stop`` with an error, or ``skip`` the update and count it. quantization_aware: a weight format
+    as which matrices and tables are rounded wherever they are computed with ("": none); what is saved are the weights
+    before it. memory_limit_gb: what ``--dry_run`` compares a device's peak with (0: nothing). trainable: glob
+    patterns over parameter names (single layers of the target are ``model/layers/I/…``), ``!pattern`` leaves out, the last match decides.
     """
 
     steps: int = 1000
@@ -48,6 +49,7 @@ class TrainOptions:
     keep_best: str = ""
     ema_decay: float = 0.0
     nan_policy: str = "stop"
+    quantization_aware: str = ""
     memory_limit_gb: float = 0.0
     trainable: tuple[str, ...] = ("*",)
 
@@ -62,6 +64,8 @@ class TrainOptions:
             raise ConfigError(f"train.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.nan_policy not in NAN_POLICIES:
             raise unknown_name("train.nan_policy", self.nan_policy, NAN_POLICIES)
+        if self.quantization_aware not in ("", *SCHEMES):
+            raise unknown_name("train.quantization_aware", self.quantization_aware, ("", *SCHEMES))
         if self.keep_best and (not self.eval_every or self.checkpoint_every % self.eval_every):
             raise ConfigError(
                 f"train.keep_best {self.keep_best!r} needs an evaluation at every checkpoint, but train.checkpoint_every "
@@ -109,7 +113,7 @@ class Trainer:
         self.mesh = sharding.make_mesh(mesh, devices)
         sharding.check_batch(batch_size, options.accumulation, self.mesh)
         self.loss = dataclasses.replace(loss, vocab_shards=self.mesh.shape["tensor"])
-        self.network = states.Network(model)
+        self.network = states.Network(model, options.quantization_aware or None)
         self.names = states.trainable_names(self.network, self.loss, options.trainable, media_kinds)
         self.masks = states.layer_masks(self.network, self.names, options.trainable)
         schedule = optimizers.make_schedule(optimizer, options.steps)

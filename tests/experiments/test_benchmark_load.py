@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+import gemma4_jax as g4
 from configs import benchmark
 from experiments.benchmarks import load
 from gemma4_jax.config import get_preset
@@ -50,3 +51,13 @@ def test_weight_bytes_follow_the_scheme():
     assert set(plain) == {"layers", "table", "media", "drafter"}
     assert packed["table"] == tiny.vocab_size * (tiny.hidden_size + 2)
     assert all(packed[part] < 0.35 * plain[part] for part in ("table", "drafter"))
+
+
+def test_quality_of_formats():
+    """int8 is nearer to the given weights than int4, and neither is there exactly."""
+    bundle = g4.init("tiny", seed=2, config_overrides={"vision": None, "audio": None, "drafter": None})
+    found = load.quality(bundle, "the quick brown fox " * 40, ["int8", "int4"], tokens=64, row=32)
+    assert found["quality_tokens"] == 64
+    assert 0 < found["quality_int8_kl"] < found["quality_int4_kl"] < 1
+    assert abs(found["quality_int8_perplexity_change"]) < 0.05
+    assert found["quality_perplexity"] > 100  # random weights
