@@ -35,7 +35,8 @@ class TrainOptions:
     that is not finite ``stop`` with an error, or ``skip`` the update and count it. quantization_aware: a weight format
     as which matrices and tables are rounded wherever they are computed with ("": none); what is saved are the weights
     before it. memory_limit_gb: what ``--dry_run`` compares a device's peak with (0: nothing). trainable: glob
-    patterns over parameter names (single layers of the target are ``model/layers/I/…``), ``!pattern`` leaves out, the last match decides.
+    patterns over parameter names (single layers of the target are ``model/layers/I/…``), ``!pattern`` leaves out, the last
+    match decides.
     """
 
     steps: int = 1000
