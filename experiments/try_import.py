@@ -1,6 +1,6 @@
 """Import published weights in a packed form, answer a prompt with and without the drafter, and say what that took.
 
-    python -m experiments.try_import FOLDER [--quantization int4] [--prompt_tokens 64] [--new_tokens 8] [--draft_tokens 4]
+    python -m experiments.try_import FOLDER [--quantization int4] [--dtype float32] [--prompt_tokens 64] [--new_tokens 8] [--draft_tokens 4]
 
 Prints one JSON object: seconds of each part, bytes of the weights, the largest resident memory of the process, and whether
 both ways gave the same tokens. Hardware: memory for the packed weights and 1 GB; a checkpoint to try it with comes from
@@ -27,7 +27,9 @@ from gemma4_jax.bundle import bundle_weights
 from gemma4_jax.interop.hf_export import DRAFTER_FOLDER
 
 
-def run(folder: Path, quantization: str, prompt_tokens: int, new_tokens: int, draft_tokens: int) -> dict[str, Any]:
+def run(
+    folder: Path, quantization: str, dtype: str, prompt_tokens: int, new_tokens: int, draft_tokens: int
+) -> dict[str, Any]:
     """Import, then generate plainly and with the drafter.
 
     Raises:
@@ -35,7 +37,7 @@ def run(folder: Path, quantization: str, prompt_tokens: int, new_tokens: int, dr
     """
     start = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-        bundle = g4.load(folder, folder / DRAFTER_FOLDER, quantization=quantization, progress=bar.update)
+        bundle = g4.load(folder, folder / DRAFTER_FOLDER, dtype, quantization, progress=bar.update)
     report: dict[str, Any] = {
         "import_seconds": time.perf_counter() - start,
         "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(bundle_weights(bundle))),
@@ -69,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quantization", default="int4")
+    parser.add_argument("--dtype", default="float32", help="of activations and of what is not packed")
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=8)
     parser.add_argument("--draft_tokens", type=int, default=4)

@@ -6,7 +6,6 @@ Nothing is allocated: shapes come from ``jax.eval_shape``, activations from the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend import core
 
 import gemma4_jax as g4
 from gemma4_jax.config import ModelConfig, get_preset
@@ -125,7 +125,7 @@ def activation_bytes(config: ModelConfig, chunk: int, draft_tokens: int, cache_d
     for length, prefill in ((chunk, True), (draft_tokens + 1, False)):
         for kind in dict.fromkeys(config.layer_types):
             one = dataclasses.replace(config, num_hidden_layers=1, layer_types=(kind,), drafter=None, quantization=None)
-            block = nnx.eval_shape(functools.partial(decoder_block, one, kind, nnx.Rngs(0)))
+            block = nnx.eval_shape(lambda one=one, kind=kind: decoder_block(one, kind, nnx.Rngs(0)))
             cache = jax.eval_shape(lambda one=one: init_cache(one, 1, 4 * chunk, draft_tokens, cache_dtype)[0])
             graph, state = nnx.split(block)
 
@@ -147,8 +147,8 @@ def peak_bytes(jaxpr) -> int:
     """The most bytes of intermediate values alive at one moment when a program runs in its written order."""
     last = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        last |= {var: i for var in eqn.invars if not isinstance(var, jax.extend.core.Literal)}
-    last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, jax.extend.core.Literal)}
+        last |= {var: i for var in eqn.invars if not isinstance(var, core.Literal)}
+    last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, core.Literal)}
     alive: dict[Any, int] = {}
     peak = 0
     for i, eqn in enumerate(jaxpr.eqns):
@@ -165,9 +165,9 @@ def peak_bytes(jaxpr) -> int:
 def _inner(eqn):
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, jax.extend.core.ClosedJaxpr):
+            if isinstance(item, core.ClosedJaxpr):
                 yield item.jaxpr
-            elif isinstance(item, jax.extend.core.Jaxpr):
+            elif isinstance(item, core.Jaxpr):
                 yield item
 
 
