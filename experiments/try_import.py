@@ -1,6 +1,7 @@
 """Import published weights in a packed form, answer a prompt with and without the drafter, and say what that took.
 
-    python -m experiments.try_import FOLDER [--quantization int4] [--dtype float32] [--prompt_tokens 64] [--new_tokens 8] [--draft_tokens 4]
+    python -m experiments.try_import FOLDER [--quantization int4] [--dtype float32] [--prompt_tokens 64] [--new_tokens 8]
+    [--draft_tokens 4]
 
 Prints one JSON object: seconds of each part, bytes of the weights, the largest resident memory of the process, and whether
 both ways gave the same tokens. Hardware: memory for the packed weights and 1 GB; a checkpoint to try it with comes from

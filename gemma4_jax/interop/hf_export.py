@@ -96,6 +96,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise CheckpointError(f"{path} is not empty; nothing is overwritten")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        _clear_leftovers(path)
         temporary.mkdir(parents=True)
         yield temporary
         os.replace(temporary, path)
@@ -103,6 +104,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove the temporary folders of processes that were killed while they wrote ``path``."""
+    for folder in path.parent.glob(f".{path.name}.*.tmp"):
+        process = folder.name.split(".")[-2]
+        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder)
 
 
 def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:

@@ -111,6 +111,15 @@ def test_a_folder_that_cannot_be_written(bundle, form, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_what_a_killed_process_left_is_removed(bundle, tmp_path):
+    left = tmp_path / ".out.999999999.tmp"
+    (left / "drafter").mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    g4.save(bundle, tmp_path / "out", format="huggingface")
+    assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_weight_that_is_not_finite_stops_a_packed_import(shards, tmp_path):
     from safetensors.numpy import load_file, save_file
 
