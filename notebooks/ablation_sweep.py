@@ -30,6 +30,7 @@ if importlib.util.find_spec("gemma4_jax") is None:  # a fresh machine, such as C
 
 # %% tags=["parameters"]
 SOURCE = "python_stdlib"  # or text:GLOB, jsonl:GLOB, tfds:NAME
+DRAFT_STEPS = 3
 STEPS = 200
 SEEDS = (0, 1)
 DECAYS = (0.6, 1.0)
@@ -56,6 +57,8 @@ from gemma4_jax.train.sweeps import over_seeds
 def get_config():
     config = tiny()
     config.data.source = "{SOURCE}"
+    config.loss.mtp_steps = {DRAFT_STEPS}
+    config.optimizer.warmup_steps = min(20, {STEPS})
     config.train.update(steps={STEPS}, eval_every=max(1, {STEPS} // 4), checkpoint_every=0, final_eval_batches=2)
     return config
 

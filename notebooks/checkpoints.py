@@ -30,6 +30,7 @@ if importlib.util.find_spec("gemma4_jax") is None:  # a fresh machine, such as C
 
 # %% tags=["parameters"]
 CHECKPOINT = ""  # a folder: Hugging Face weights, one of our checkpoints, or a run
+MODEL = {}  # fields of the small random model to change
 
 # %%
 import tempfile
@@ -56,7 +57,7 @@ def gigabytes(bundle):
 if CHECKPOINT:
     bundle = g4.load(CHECKPOINT, dtype="bfloat16")
 else:
-    bundle = g4.init("tiny", seed=0)
+    bundle = g4.init("tiny", seed=0, config_overrides=MODEL)
     bundle.tokenizer = train_tokenizer(["import os", "import sys", "def main():"] * 5, bundle.config.vocab_size)
 print(f"{bundle.config.num_parameters():,} weights, {gigabytes(bundle):.4f} GB, {bundle.config.param_dtype}")
 
@@ -82,7 +83,7 @@ print((folder / "huggingface" / "README.md").read_text()[:600])
 # %%
 for scheme in (None, "int8", "int4"):
     packed = g4.load(folder / "huggingface", quantization=scheme)
-    out = g4.Sampler(packed, max_length=64).generate(["import os\n"], max_new_tokens=8, stop_ids=[])
+    out = g4.Sampler(packed, max_length=64, draft_tokens=0).generate(["import os\n"], max_new_tokens=8, stop_ids=[])
     print(scheme, f"{gigabytes(packed):.4f} GB", repr(out.texts[0]))
 
 # %% [markdown]

@@ -30,6 +30,8 @@ if importlib.util.find_spec("gemma4_jax") is None:  # a fresh machine, such as C
 
 # %% tags=["parameters"]
 CHECKPOINT = ""  # a folder to start from; empty: a small random model
+MODEL = {}  # fields of the small random model to change
+DRAFT_STEPS = 3  # what the drafter learns
 STEPS = 60
 RANK = 8
 
@@ -46,7 +48,7 @@ folder = Path(tempfile.mkdtemp())
 base = CHECKPOINT
 if not base:
     base = str(folder / "base")
-    g4.save(g4.init("tiny", seed=0), base)
+    g4.save(g4.init("tiny", seed=0, config_overrides=MODEL), base)
 
 # %% [markdown]
 # ## Data
@@ -67,7 +69,7 @@ lines = [
 # %%
 fields = {
     "base.checkpoint": base, "data.source": f"jsonl:{folder / 'talk.jsonl'}", "data.format": "chat", "data.seq_len": 64,
-    "data.batch_size": 8, "lora.rank": RANK, "train.steps": STEPS, "train.eval_every": 0, "train.checkpoint_every": 0,
+    "data.batch_size": 8, "lora.rank": RANK, "loss.mtp_steps": DRAFT_STEPS, "train.steps": STEPS, "train.eval_every": 0, "train.checkpoint_every": 0,
     "train.final_eval_batches": 1, "optimizer.warmup_steps": min(10, STEPS), "optimizer.learning_rate": 0.01,
 }
 run = folder / "run"
@@ -95,7 +97,7 @@ print(f"{sum(adapters.values()):,} adapter weights beside {sum(leaf.size for lea
 # A run's folder loads like any other; the adapters are applied while sampling.
 
 # %%
-chat = g4.Chat(g4.Sampler(adapted, max_length=256), temperature=0.0, max_new_tokens=16)
+chat = g4.Chat(g4.Sampler(adapted, max_length=256, draft_tokens=DRAFT_STEPS), temperature=0.0, max_new_tokens=16)
 print(repr(chat.send("What comes after 7?").text))
 
 # %% [markdown]

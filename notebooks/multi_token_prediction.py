@@ -31,6 +31,7 @@ if importlib.util.find_spec("gemma4_jax") is None:  # a fresh machine, such as C
 # %% tags=["parameters"]
 SOURCE = "python_stdlib"  # or text:GLOB, jsonl:GLOB, tfds:NAME
 LAYERS = 6
+DRAFT_STEPS = 3
 STEPS = 300
 EVALUATE_EVERY = 50
 NEW_TOKENS = 96
@@ -61,6 +62,7 @@ from gemma4_jax.train.step import eval_means
 config, _, _ = run_config.load_config("configs/quickstart.py", launch.ROOT)
 config.data.update(source=SOURCE, seq_len=128, batch_size=8)
 config.model_overrides.num_hidden_layers = LAYERS
+config.loss.mtp_steps = DRAFT_STEPS
 config.train.steps = STEPS
 config.optimizer.warmup_steps = min(30, STEPS)
 workdir = Path(tempfile.mkdtemp())
@@ -92,7 +94,7 @@ def evaluate():
 def draw():
     clear_output(wait=True)
     figure, axes = plt.subplots(figsize=(7, 3.5))
-    for j in range(1, config.loss.mtp_steps + 1):
+    for j in range(1, DRAFT_STEPS + 1):
         axes.plot([step for step, _ in curve], [means[f"acceptance_{j}"] for _, means in curve], "o-", label=f"step {j}")
     axes.set(xlabel="training step", ylabel="held-out acceptance", ylim=(0, 1))
     axes.legend()
@@ -117,9 +119,10 @@ model, drafter = trainer.network.merge(jax.tree.map(jnp.asarray, weights))
 bundle = g4.Bundle(model_config, model, drafter, feed.tokenizer)
 tokenizer = feed.tokenizer
 prompt = tokenizer.encode("import os\n\n\ndef main(self):\n    if self.")
-drafts = jnp.argmax(g4.draft_logits(bundle, [prompt], steps=3)[:, 0], axis=-1).tolist()
-sampler = g4.Sampler(bundle, max_length=512, draft_tokens=3)
-own = sampler.with_draft_tokens(0).generate([prompt], max_new_tokens=4, stop_ids=[]).tokens[0]
+drafts = jnp.argmax(g4.draft_logits(bundle, [prompt], steps=DRAFT_STEPS)[:, 0], axis=-1).tolist()
+sampler = g4.Sampler(bundle, max_length=512, draft_tokens=DRAFT_STEPS)
+plain_sampler = sampler.with_draft_tokens(0)
+own = plain_sampler.generate([prompt], max_new_tokens=DRAFT_STEPS + 1, stop_ids=[]).tokens[0]
 print("keys and values of:", [tokenizer.decode([token]) for token in prompt[:-1]][-6:])
 print("newest token:", repr(tokenizer.decode(prompt[-1:])))
 print("drafted:      ", [tokenizer.decode([token]) for token in drafts])
@@ -141,7 +144,7 @@ print(f"{out.stats.mean_accepted:.2f} tokens a round; kept by step: {[round(shar
 # ## Nothing but the speed changes
 
 # %%
-plain = sampler.with_draft_tokens(0).generate([prompt], max_new_tokens=NEW_TOKENS, stop_ids=[])
+plain = plain_sampler.generate([prompt], max_new_tokens=NEW_TOKENS, stop_ids=[])
 print("same tokens:", plain.tokens == out.tokens)
-drawn = sampler.generate([prompt] * 4, max_new_tokens=NEW_TOKENS, temperature=1.0, stop_ids=[])
+drawn = sampler.generate([prompt], max_new_tokens=NEW_TOKENS, temperature=1.0, stop_ids=[])
 print(f"drawn at temperature 1: {drawn.stats.mean_accepted:.2f} tokens a round")

@@ -30,6 +30,7 @@ if importlib.util.find_spec("gemma4_jax") is None:  # a fresh machine, such as C
 
 # %% tags=["parameters"]
 CHECKPOINT = ""  # a folder with media inputs, such as the published gemma-4-12B-it
+MODEL = {}  # fields of the small random model to change
 NEW_TOKENS = 32
 
 # %%
@@ -42,7 +43,7 @@ from PIL import Image, ImageDraw
 import gemma4_jax as g4
 from gemma4_jax.media import prepare_audio, prepare_image, prepare_video
 
-bundle = g4.load(CHECKPOINT, dtype="bfloat16") if CHECKPOINT else g4.init("tiny", seed=0)
+bundle = g4.load(CHECKPOINT, dtype="bfloat16") if CHECKPOINT else g4.init("tiny", seed=0, config_overrides=MODEL)
 side = bundle.config.vision.model_patch_size
 
 # %% [markdown]
@@ -100,12 +101,12 @@ print(video.patches.shape, "at seconds", list(video.seconds))
 bundle.processor.options = dataclasses.replace(bundle.processor.options, image_budget=70)
 sampler = g4.Sampler(bundle, max_length=1024, draft_tokens=0)
 out = sampler.generate(
-    ["<|image|>What is this?", "<|audio|>What is this?"],
-    images=[[picture], None],
-    audio=[None, [(sound, 16_000)]],
+    ["Here is <|image|> and here <|audio|>. What are they?"],
+    images=[[picture]],
+    audio=[[(sound, 16_000)]],
     max_new_tokens=NEW_TOKENS,
 )
-print([text[:40] for text in out.texts])
+print(repr(out.texts[0][:60]))
 
 # %% [markdown]
 # ## A conversation

@@ -31,6 +31,7 @@ if importlib.util.find_spec("gemma4_jax") is None:  # a fresh machine, such as C
 # %% tags=["parameters"]
 CHECKPOINT = ""  # a folder: Hugging Face weights, one of our checkpoints, or a run such as runs/quickstart
 DRAFTER = ""  # a folder with a published drafter, if the checkpoint has none of its own
+MODEL = {}  # fields of the small random model to change
 NEW_TOKENS = 64
 
 # %% [markdown]
@@ -42,7 +43,7 @@ import gemma4_jax as g4
 if CHECKPOINT:
     bundle = g4.load(CHECKPOINT, drafter=DRAFTER or None, dtype="bfloat16")
 else:
-    bundle = g4.init("tiny", seed=0)
+    bundle = g4.init("tiny", seed=0, config_overrides=MODEL)
 sampler = g4.Sampler(bundle, max_length=512, draft_tokens=3)
 
 # %% [markdown]
@@ -78,7 +79,7 @@ print(f"with the drafter {out.stats.tokens_per_second:.0f} tokens/s, without {wi
 
 # %%
 out = sampler.generate(
-    ["import os\n"] * 3, max_new_tokens=NEW_TOKENS, temperature=[0.0, 0.8, 1.2], top_k=40, top_p=0.95, seed=[0, 1, 2]
+    ["import os\n"] * 2, max_new_tokens=NEW_TOKENS, temperature=[0.8, 1.2], top_k=40, top_p=0.95, seed=[0, 1]
 )
 for text in out.texts:
     print(repr(text[:80]))
@@ -89,9 +90,11 @@ for text in out.texts:
 # %%
 arrived = []
 sampler.generate(
-    ["def main():\n"], max_new_tokens=NEW_TOKENS, on_token=lambda row, token, text: arrived.append(text)
+    ["def main():\n", "import sys\n"],
+    max_new_tokens=NEW_TOKENS,
+    on_token=lambda row, token, text: arrived.append((row, text)),
 )
-print(len(arrived), "pieces:", arrived[:8])
+print(len(arrived), "pieces, each with its row:", arrived[:6])
 
 # %% [markdown]
 # ## What the model would have said

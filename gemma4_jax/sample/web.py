@@ -122,7 +122,10 @@ class WebChat:
         plain = None
         if compare and self.has_drafter:
             yield View(messages, tokens, speed_table(reply, None))
-            plain = self._chat(self._plain, conversation, thinking).send(text, **media)
+            with ThreadPoolExecutor(
+                1
+            ) as pool:  # as in _streamed: the server's own threads are not waited for at its end
+                plain = pool.submit(self._chat(self._plain, conversation, thinking).send, text, **media).result()
         conversation.history, conversation.shown = chat.history, messages
         conversation.turns += 1
         yield View(messages, tokens, speed_table(reply, plain) if self.has_drafter else speed_table(None, reply))

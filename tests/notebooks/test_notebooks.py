@@ -11,14 +11,22 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "gemma4-jax/gemma4_jax"  # where Colab finds the notebooks
 CODE = f"text:{ROOT}/gemma4_jax/sample/*.py"
+SMALL = {"num_hidden_layers": 2, "sliding_window_pattern": 2, "drafter.num_hidden_layers": 1}
 # The names that a notebook's cell tagged "parameters" sets, smaller.
 TINY = {
-    "sampling": {"NEW_TOKENS": 6},
-    "multimodal": {"NEW_TOKENS": 2},
-    "finetuning_lora": {"STEPS": 2, "RANK": 2},
-    "multi_token_prediction": {"SOURCE": CODE, "LAYERS": 2, "STEPS": 2, "EVALUATE_EVERY": 1, "NEW_TOKENS": 6},
-    "ablation_sweep": {"SOURCE": CODE, "STEPS": 2, "SEEDS": (0,)},
-    "checkpoints": {},
+    "sampling": {"MODEL": SMALL, "NEW_TOKENS": 6},
+    "multimodal": {"MODEL": SMALL, "NEW_TOKENS": 2},
+    "finetuning_lora": {"MODEL": SMALL, "DRAFT_STEPS": 1, "STEPS": 2, "RANK": 2},
+    "multi_token_prediction": {
+        "SOURCE": CODE,
+        "LAYERS": 2,
+        "DRAFT_STEPS": 1,
+        "STEPS": 2,
+        "EVALUATE_EVERY": 1,
+        "NEW_TOKENS": 6,
+    },
+    "ablation_sweep": {"SOURCE": CODE, "DRAFT_STEPS": 1, "STEPS": 2, "SEEDS": (0,)},
+    "checkpoints": {"MODEL": SMALL},
 }
 
 
