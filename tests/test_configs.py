@@ -10,12 +10,17 @@ import pytest
 import experiments
 import launch
 from gemma4_jax.errors import ConfigError
-from gemma4_jax.train import defaults, memory_plan, run_config
+from gemma4_jax.losses import LossConfig
+from gemma4_jax.train import defaults, memory_plan, run_config, sweeps
+from gemma4_jax.train.optimizer import OptimizerConfig
 
 ROOT = Path(launch.__file__).parent
 TRAINING = ["quickstart.py", "pretrain.py:tiny", "pretrain.py:small", "pretrain.py:12b"]
 GOLDEN = [*TRAINING, *(f"finetune.py:{kind}" for kind in ("full", "lora", "qlora", "dpo", "drafter"))]
+GOLDEN += ["pretrain.py:media_base", "finetune.py:digits", "finetune.py:dtmf"]
 FILES = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+ABLATION = ["ablation.py:base", "ablation.py:mini"]
+GOLDEN += [*ABLATION, "ablation.py:frozen", "evaluate.py"]
 GOLDENS = Path(__file__).parent / "goldens"
 
 
@@ -45,19 +50,22 @@ def test_resolved_config_equals_its_golden(spec):
     )
 
 
-@pytest.mark.parametrize("spec", TRAINING)
+@pytest.mark.parametrize("spec", [*TRAINING, *ABLATION])
 def test_training_configs_give_a_model(spec):
     model = defaults.model_config(load(spec))
     assert model.drafter is not None
 
 
-def test_every_sweep_resolves():
-    from gemma4_jax.train import sweeps
-
-    for spec in ("quickstart.py", "pretrain.py:tiny"):
-        config, module, _ = run_config.load_config(f"configs/{spec}", ROOT)
-        for name in [key.removeprefix("sweep_") for key in vars(module) if key.startswith("sweep_")]:
-            assert len(sweeps.members(module, name, config)) > 1
+@pytest.mark.parametrize("spec", ["quickstart.py", "pretrain.py:tiny", *ABLATION])
+def test_every_sweep_resolves(spec):
+    """Each member is a model and a loss that go together, and differs from every other one."""
+    config, module, _ = run_config.load_config(f"configs/{spec}", ROOT)
+    for name in [key.removeprefix("sweep_") for key in vars(module) if key.startswith("sweep_")]:
+        members = sweeps.members(module, name, config)
+        assert len(members) > 1 and len({json.dumps(run_config.resolved(m.config)) for m in members}) == len(members)
+        for member in members:
+            assert defaults.model_config(member.config).drafter is not None
+            LossConfig(**member.config.loss), OptimizerConfig(**member.config.optimizer)
 
 
 @pytest.mark.parametrize(

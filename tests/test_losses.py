@@ -16,6 +16,7 @@ from gemma4_jax.losses import (
     LossConfig,
     compute_losses,
     draft_agreement,
+    evaluation_sums,
     loss_denominators,
     next_token_weights,
     shifted_weights,
@@ -213,6 +214,20 @@ def test_against_a_loop_over_positions(parts, changes):
     if not changes:
         found = jax.jit(lambda state: draft_agreement(*nnx.merge(parts[0], state), data, config))(parts[1])
         assert {j: (found[f"agree_{j}"], found[f"count_{j}"]) for j in agree} == agree
+
+
+def test_agreement_is_measured_alike_however_drafters_are_trained(parts):
+    """In the pairing of inference and with the true tokens, so that ablations of both compare; losses are their own."""
+    data = batch()
+
+    def sums(config, function=evaluation_sums):
+        return jax.jit(lambda state: function(*nnx.merge(parts[0], state), data, config))(parts[1])
+
+    expected = sums(LOSS, draft_agreement)
+    other = sums(dataclasses.replace(LOSS, mtp_pairing="same_row", mtp_teacher_forcing=False))
+    for name, value in expected.items():
+        assert other[name] == value
+    assert other["mtp_2"] != sums(LOSS)["mtp_2"]
 
 
 def test_stop_gradient_trains_the_drafter_only(parts):

@@ -15,8 +15,9 @@ batched matrix products over contiguous slots; ``(B, S, K, C)`` makes XLA transp
   product with ``[q * k_norm, 0 on turned dimensions | turned q]``, and values are the first H numbers of what was read.
 * Global layers with separate values, or without the value norm, hold plain keys and values (``KindLayout.compact``).
 
-Storage is float32, bfloat16, or int8 with one f32 scale for each token, head and part. Rows have lengths of their own,
-kept by the caller. Positions at or beyond a row's length are never read, whatever lies there.
+Storage is float32, bfloat16, or int8 with one f32 scale for each token, head and part. bfloat16 numbers are held as their
+bits (uint16): XLA:CPU slices no bf16, and would convert a whole cache to f32 to read one block of it. Rows have lengths of
+their own, kept by the caller. Positions at or beyond a row's length are never read, whatever lies there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from gemma4_jax.errors import ConfigError
 from gemma4_jax.model.attention import MASKED
 from gemma4_jax.model.rope import inverse_frequencies
 
-CACHE_DTYPES = ("float32", "bfloat16", "int8")
+CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.uint16, "int8": jnp.int8}  # and what holds their numbers
 BLOCK = 256  # slots of a global cache read at once
 
 
@@ -125,7 +126,7 @@ def init_cache(
 def _empty(layout: KindLayout, batch: int, slots: int, parts: tuple[int, ...], dtype: str) -> Store:
     shape = (batch, layout.kv_heads, slots)
     scale = jnp.zeros((*shape, len(parts)), jnp.float32) if dtype == "int8" else None
-    return Store(jnp.zeros((*shape, sum(parts)), jnp.dtype(dtype)), scale)
+    return Store(jnp.zeros((*shape, sum(parts)), CACHE_DTYPES[dtype]), scale)
 
 
 def cache_bytes(
@@ -201,6 +202,8 @@ def quantize_parts(x: jax.Array, parts: tuple[int, ...]) -> tuple[jax.Array, jax
 
 def encode(x: jax.Array, like: Store, parts: tuple[int, ...]) -> Store:
     """New entries (B, K, T, C) in the storage dtype of ``like``."""
+    if like.data.dtype == jnp.uint16:
+        return Store(jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16), None)
     if like.scale is None:
         return Store(x.astype(like.data.dtype), None)
     return Store(*quantize_parts(x, parts))
@@ -208,6 +211,8 @@ def encode(x: jax.Array, like: Store, parts: tuple[int, ...]) -> Store:
 
 def read(store: Store, parts: tuple[int, ...], dtype) -> jax.Array:
     """Entries as numbers in the activation dtype."""
+    if store.data.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(store.data, jnp.bfloat16).astype(dtype)
     if store.scale is None:
         return store.data.astype(dtype)
     scale = jnp.repeat(store.scale, np.asarray(parts), axis=-1, total_repeat_length=sum(parts))

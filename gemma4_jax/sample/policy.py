@@ -6,7 +6,8 @@ import dataclasses
 
 from gemma4_jax.errors import ConfigError
 
-CANDIDATES = (0, 1, 2, 4, 6)
+CANDIDATES = (0, 4, 6, 2, 1)  # in the order in which they are tried
+PROBE = 4
 MAX_DRAFT = 32
 
 
@@ -40,22 +41,24 @@ class _Record:
 class DraftPolicy:
     """Chooses the draft length of the next run of rounds.
 
-    Fixed: always the same. "auto": tries lengths from short to long in short runs, stops trying longer ones when the
-    last step up did not pay even if every draft were accepted as often as the best step so far, then stays with the
-    best and tries its neighbours again now and then. Old measurements fade, so the choice follows text and load.
+    Fixed: always the same. "auto": measures plain rounds and rounds of ``PROBE`` drafts, which show how often each step is
+    accepted; then only those other lengths that may beat the best, judged by that and by what rounds between the measured
+    ones must cost. It stays with the best and now and then tries a neighbour again. Old measurements fade, so the choice
+    follows text and load. A useless drafter thus costs one program and a few rounds.
     """
 
     fade = 0.9
     trial_rounds = 4
     steady_rounds = 32
-    retry_every = 16  # runs
+    trial_share = 0.01  # of the time, at most, goes into trying neighbours again
 
     def __init__(self, draft_tokens: int | str):
         self.fixed = None if draft_tokens == "auto" else int(draft_tokens)
         self.records: dict[int, _Record] = {}
         self.tried = [0.0] * max(CANDIDATES)  # how often step j was reached
         self.passed = [0.0] * max(CANDIDATES)
-        self.runs = 0
+        self.steady_seconds = 0.0  # since the last trial
+        self.retries = 0
 
     @property
     def longest(self) -> int:
@@ -67,26 +70,27 @@ class DraftPolicy:
         if self.fixed is not None:
             return self.fixed, self.steady_rounds
         for length in CANDIDATES:
-            if length not in self.records:
-                if length and not self._may_pay(length):
-                    break
+            if length not in self.records and (length in (0, PROBE) or self._may_pay(length)):
                 return length, self.trial_rounds
         best = self.best()
-        if self.runs % self.retry_every == 0:
-            order = sorted(self.records)
-            at = order.index(best)
-            neighbour = (
-                order[at - 1] if (self.runs // self.retry_every) % 2 and at else order[min(at + 1, len(order) - 1)]
-            )
-            if neighbour != best:
-                return neighbour, self.trial_rounds
+        neighbour = self._neighbour(best)
+        if self.steady_seconds * self.trial_share >= self.trial_rounds * self.records[neighbour].cost:
+            self.steady_seconds, self.retries = 0.0, self.retries + 1
+            return neighbour, self.trial_rounds
         return best, self.steady_rounds
+
+    def _neighbour(self, length: int) -> int:
+        """The measured length to try beside this one: in turns the next longer and the next shorter."""
+        order = sorted(self.records)
+        at = order.index(length)
+        sides = [order[i] for i in (at + 1, at - 1) if 0 <= i < len(order)]
+        return sides[self.retries % len(sides)]
 
     def record(self, length: int, rounds: int, seconds: float, row_rounds: int, accepted: list[int]) -> None:
         """What a run showed. row_rounds: rounds times running rows; accepted: how often each step was accepted."""
-        self.runs += 1
         if rounds == 0:
             return
+        self.steady_seconds += seconds
         old = self.records.setdefault(length, _Record())
         old.seconds, old.rounds = old.seconds * self.fade + seconds, old.rounds * self.fade + rounds
         reached = row_rounds
@@ -115,12 +119,11 @@ class DraftPolicy:
         return max(self.records, key=lambda n: (self.tokens_per_round(n) / self.records[n].cost, -n))
 
     def _may_pay(self, length: int) -> bool:
-        """Whether a longer draft could beat the best one, guessing its cost from those measured."""
+        """Whether a length could beat the best one, its cost guessed along the line through the nearest measured two."""
         seen = sorted(self.records)
-        if len(seen) < 2:
-            return True
-        low, high = seen[-2], seen[-1]
+        above = next((i for i, n in enumerate(seen) if n > length), len(seen) - 1)
+        low, high = seen[above - 1], seen[above]
         slope = max(0.0, (self.records[high].cost - self.records[low].cost) / (high - low))
-        guess = self.records[high].cost + slope * (length - high)
+        guess = self.records[low].cost + slope * (length - low)
         best = self.best()
         return self.tokens_per_round(length) / guess > self.tokens_per_round(best) / self.records[best].cost

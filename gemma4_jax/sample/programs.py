@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gemma4_jax.model.cache import init_cache
 from gemma4_jax.sample import decode, prefill
 
 _traces = 0
@@ -30,6 +31,15 @@ def _traced(function):
         return function(*args, **kwargs)
 
     return counting
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "max_length", "draft_tokens", "dtype"))
+@_traced
+def empty(*, config, batch, max_length, draft_tokens, dtype) -> prefill.Prefix:
+    """What prefill starts from: see ``init_cache`` for the arguments."""
+    caches = init_cache(config, batch, max_length, draft_tokens, dtype)
+    hidden = jnp.zeros((batch, config.hidden_size), jnp.dtype(config.dtype))
+    return prefill.Prefix(caches, jnp.zeros((batch,), jnp.int32), hidden)
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="prefix")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,10 @@ def check_tokens(config: ModelConfig, rows: Sequence[Any], max_length: int) -> l
     media = {config.image_token_id, config.video_token_id, config.audio_token_id}
     checked = []
     for i, row in enumerate(rows):
-        ids = np.asarray(row)
+        try:
+            ids = np.asarray(row)
+        except ValueError:  # lists of unlike lengths inside
+            ids = np.zeros((1, 1))
         if ids.size == 0:
             raise PromptError(f"row {i}: the prompt is empty; it needs at least one token")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
@@ -60,28 +63,38 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def per_row(name: str, value: Any, rows: int, low: float, high: float = math.inf) -> np.ndarray:
-    """A number for all rows, or one for each.
+def per_row(name: str, value: Any, rows: int, low: float, high: float = math.inf, *, whole: bool = False) -> np.ndarray:
+    """A number (``whole``: an integer) for all rows, or one for each.
 
     Raises:
-      ConfigError: wrong count, or outside of [low, high].
+      ConfigError: wrong count, no number, or outside of [low, high].
     """
-    values = [value] * rows if isinstance(value, numbers.Number) else list(value)
+    several = isinstance(value, Iterable) and not isinstance(value, str) and np.ndim(value) > 0
+    values = list(value) if several else [value] * rows
     if len(values) != rows:
         raise ConfigError(f"{name} has {len(values)} entries for {rows} rows")
+    kind, word = (numbers.Integral, "a whole number") if whole else (numbers.Real, "a number")
     for x in values:
+        if not isinstance(x, kind) or isinstance(x, bool):
+            raise ConfigError(f"{name} is {x!r}; it must be {word}, or one a row")
         if not low <= x <= high:
             raise ConfigError(f"{name} is {x}; it must be between {low:g} and {high:g}")
     return np.asarray(values)
 
 
-def stop_set(config: ModelConfig, stop_ids: Sequence[int] | None) -> np.ndarray:
+def stop_set(config: ModelConfig, stop_ids: Iterable[int] | None) -> np.ndarray:
     """The ids that end a row, padded with -1 to a few sizes. None: the model's own set; empty: never stop.
 
     Raises:
-      ConfigError: an id outside the vocabulary.
+      ConfigError: not a collection of ids, or an id outside the vocabulary.
     """
     given = config.stop_token_ids if stop_ids is None else stop_ids
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ConfigError(f"stop_ids is {given!r}; it must be a list of ids, or None for the model's own")
+    given = list(given)
+    for i in given:
+        if isinstance(i, bool) or not isinstance(i, numbers.Integral):
+            raise ConfigError(f"stop_ids has {i!r}; it must be a list of ids")
     ids = sorted({int(i) for i in given})
     for i in ids:
         # A set of the published checkpoint may name ids that a small vocabulary lacks; one that was asked for may not.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from gemma4_jax.errors import ConfigError, PromptError
-from gemma4_jax.model.cache import CACHE_DTYPES, cache_bytes, init_cache
+from gemma4_jax.model.cache import CACHE_DTYPES, cache_bytes
 from gemma4_jax.model.masks import image_runs
 from gemma4_jax.sample import decode, prefill, programs, request
 from gemma4_jax.sample.choose import Controls, Mode
@@ -33,8 +33,8 @@ FINISH_REASONS = {decode.STOPPED: "stop", decode.FULL_LENGTH: "length"}
 @dataclasses.dataclass
 class Stats:
     """rounds: verification passes a row, summed over rows. drafted, accepted: tokens proposed and kept.
-    accepted_per_step: how often each draft step was accepted. Rates count all rows together; decoding leaves compilation
-    out."""
+    accepted_per_step: how often each draft step was accepted. Rates count all rows together and leave compilation out;
+    compile_seconds is what it took."""
 
     rounds: int = 0
     drafted: int = 0
@@ -44,8 +44,8 @@ class Stats:
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
-    timed_tokens: int = 0
     decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -54,9 +54,9 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows over the time of the decoding loop. A row's first token belongs to prefill; runs of
-        the loop that compiled it are left out (0.0 if there was no other)."""
-        return self.timed_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        """New tokens of all rows over the time of the decoding loop. A row's first token belongs to prefill (0.0 if there
+        was no other)."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def mean_accepted(self) -> float:
@@ -119,6 +119,9 @@ class Sampler:
         if self.cache_dtype not in CACHE_DTYPES:
             raise ConfigError(f"cache_dtype is {cache_dtype!r}; choices: {', '.join(CACHE_DTYPES)}")
         self.policy = DraftPolicy(parse_draft_tokens(draft_tokens, bundle.drafter is not None))
+        self._policies: dict[int, DraftPolicy] = {}  # by rows: a round of eight costs other multiples than one of one
+        self._compiled: set[Any] = set()
+        self._compile_seconds = 0.0
         self.chunk = min(chunk, max_length)
         self._model = bundle.model
         target = ReadTarget(bundle.model, release)
@@ -149,6 +152,7 @@ class Sampler:
         """Draft with a function instead: ``propose(weights, target, state, request, mode, steps, noise)`` gives int32
         (B, steps), see ``gemma4_jax.sample.decode.draft``. For measuring the loop at a scripted acceptance."""
         self._drafter = propose, weights
+        self._compiled.clear()
 
     def cache_bytes(self, batch: int = 1) -> dict[str, int]:
         """See ``gemma4_jax.model.cache.cache_bytes``, for this sampler's settings."""
@@ -168,7 +172,7 @@ class Sampler:
         min_p: float | Sequence[float] = 0.0,
         repetition_penalty: float | Sequence[float] = 1.0,
         seed: int | Sequence[int] = 0,
-        stop_ids: Sequence[int] | None = None,
+        stop_ids: Iterable[int] | None = None,
         on_token: Callable[[int, int, str], None] | None = None,
     ) -> Output:
         """Continue every prompt.
@@ -196,19 +200,22 @@ class Sampler:
         run = _Run(self, rows, stats, on_token)
         if max_new_tokens == 0:
             return run.output([decode.FULL_LENGTH] * count)
-        started = time.perf_counter()
+        compiled, started = self._compile_seconds, time.perf_counter()
         state = self._begin(rows, prepared, wanted, mode)
         finished = np.asarray(state.finished)
-        stats.prefill_seconds = time.perf_counter() - started
-        run.take(np.asarray(state.newest)[:, None], np.zeros((count, 1), bool), np.asarray(state.emitted))
+        stats.prefill_seconds = time.perf_counter() - started - (self._compile_seconds - compiled)
+        first = np.asarray(state.newest)[:, None], np.zeros((count, 1), bool), np.asarray(state.emitted)
+        run.take(*first, finished != decode.RUNNING)
         while (finished == decode.RUNNING).any():
             state = self._rounds(state, wanted, mode, run)
             finished = np.asarray(state.finished)
+        stats.compile_seconds = self._compile_seconds - compiled
         return run.output(finished.tolist())
 
     def _encode(self, prompts, images, audio, videos):
-        if isinstance(prompts, str):
-            raise PromptError("prompts is a string; give a list with one prompt a row")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            kind = "string" if isinstance(prompts, str) else type(prompts).__name__
+            raise PromptError(f"prompts is a {kind}; give a list with one prompt a row")
         prompts = list(prompts)
         if any(given is not None for given in (images, audio, videos)):
             if self.processor is None:
@@ -229,12 +236,13 @@ class Sampler:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; it must be a number from 0 on")
         temperature = request.per_row("temperature", settings[0], count, 0.0)
-        top_k = request.per_row("top_k", settings[1], count, 0)
+        top_k = request.per_row("top_k", settings[1], count, 0, whole=True)
         top_p = request.per_row("top_p", settings[2], count, 0.0, 1.0)
         min_p = request.per_row("min_p", settings[3], count, 0.0, 1.0)
         penalty = request.per_row("repetition_penalty", settings[4], count, 1e-3)
-        seeds = [seed + i for i in range(count)] if isinstance(seed, (int, np.integer)) else list(seed)
-        seeds = request.per_row("seed", seeds, count, 0, 2**32 - 1 + count)
+        seeds = request.per_row("seed", seed, count, 0, 2**32 - 1, whole=True)
+        if isinstance(seed, (int, np.integer)):
+            seeds = seeds + np.arange(count)
         mode = Mode(
             sampled=bool((temperature > 0).any()),
             filtered=bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any()),
@@ -265,7 +273,7 @@ class Sampler:
 
     def begin(self, prefix: prefill.Prefix, wanted: decode.Request, mode: Mode, seen=None) -> decode.State:
         """See ``gemma4_jax.sample.decode.begin``."""
-        return programs.begin(*self._target, prefix, wanted, seen, mode=mode)
+        return self._call(programs.begin, self._target, (prefix, wanted, seen), mode=mode)
 
     def prefill(self, rows: Sequence[np.ndarray], prepared=None, chunks: Sequence[prefill.Chunk] | None = None):
         """Run prompts through the network into fresh caches: a ``Prefix``.
@@ -276,12 +284,8 @@ class Sampler:
           chunks: calls to make; None: as planned by ``plan_chunks``.
         """
         count = len(rows)
-        dtype = jnp.dtype(self.config.dtype)
-        prefix = prefill.Prefix(
-            init_cache(self.config, count, self.max_length, self.policy.longest, self.cache_dtype),
-            jnp.zeros((count,), jnp.int32),
-            jnp.zeros((count, self.config.hidden_size), dtype),
-        )
+        sizes = dict(batch=count, max_length=self.max_length, draft_tokens=self.policy.longest, dtype=self.cache_dtype)
+        prefix = self._call(programs.empty, (), (), config=self.config, **sizes)
         runs = embeddings = None
         if prepared is not None and prepared.media is not None:
             runs = np.asarray(image_runs(jnp.asarray(prepared.token_types, jnp.int32)))
@@ -296,17 +300,13 @@ class Sampler:
                 tokens = np.zeros((count, chunk.size), np.int32)
                 for i, (row, start, n) in enumerate(zip(rows, chunk.starts, chunk.counts, strict=True)):
                     tokens[i, :n] = row[start : start + n]
-                prefix = programs.text_chunk(*self._target, prefix, counts, jnp.asarray(tokens))
+                prefix = self._call(programs.text_chunk, self._target, (prefix, counts, jnp.asarray(tokens)))
                 continue
             index = chunk.starts[:, None] + np.arange(chunk.size, dtype=np.int32)[None]
             index = np.minimum(index, prepared.tokens.shape[1] - 1)
-            prefix = programs.media_chunk(
-                *self._target,
-                prefix,
-                counts,
-                jnp.take_along_axis(embeddings, jnp.asarray(index)[:, :, None], axis=1),
-                jnp.asarray(np.take_along_axis(runs, index, axis=1)),
-            )
+            x = jnp.take_along_axis(embeddings, jnp.asarray(index)[:, :, None], axis=1)
+            types = jnp.asarray(np.take_along_axis(runs, index, axis=1))
+            prefix = self._call(programs.media_chunk, self._target, (prefix, counts, x, types))
         return prefix
 
     def _embed(self, prepared) -> jax.Array:
@@ -315,25 +315,34 @@ class Sampler:
 
     def run_rounds(self, state: decode.State, wanted: decode.Request, mode: Mode, steps: int, rounds: int):
         """Up to ``rounds`` rounds that draft ``steps`` tokens each: the new state, and the ``Emission`` on the host."""
-        count = jnp.asarray(rounds, jnp.int32)
-        state, out = programs.rounds(
-            *self._target, *self._drafter, state, wanted, count, steps=steps, mode=mode, buffer=BUFFER
-        )
+        network, arguments = (*self._target, *self._drafter), (state, wanted, jnp.asarray(rounds, jnp.int32))
+        state, out = self._call(programs.rounds, network, arguments, steps=steps, mode=mode, buffer=BUFFER)
         return state, jax.device_get(out)
 
+    def _call(self, program, network: tuple[Any, ...], arguments: tuple[Any, ...], **options):
+        """Call a program. If it must be compiled for these shapes, that is done before, and timed apart."""
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
+        key = program, shapes, tuple(options.items())
+        if key not in self._compiled:
+            jax.block_until_ready(arguments)  # else what is still running would pass for compilation
+            started = time.perf_counter()
+            program.lower(*network, *arguments, **options).compile()
+            self._compile_seconds += time.perf_counter() - started
+            self._compiled.add(key)
+        return program(*network, *arguments, **options)
+
     def _rounds(self, state: decode.State, wanted: decode.Request, mode: Mode, run: _Run) -> decode.State:
-        steps, rounds = self.policy.next()
+        policy = self._policies.setdefault(len(run.tokens), DraftPolicy(self.draft_tokens))
+        steps, rounds = policy.next()
         if run.on_token is not None:
             rounds = min(rounds, STREAM_ROUNDS)
-        traces, started = programs.trace_count(), time.perf_counter()
+        compiled, started = self._compile_seconds, time.perf_counter()
         state, out = self.run_rounds(state, wanted, mode, steps, rounds)
-        seconds = time.perf_counter() - started
-        compiled = programs.trace_count() > traces
-        run.count(steps, out, None if compiled else seconds)
-        if not compiled:
-            row_rounds = int(out.rounds.sum())
-            self.policy.record(steps, int(out.rounds.max()), seconds, row_rounds, out.accepted.sum(axis=0).tolist())
-        run.take(out.tokens, out.drafted, out.counts)
+        seconds = time.perf_counter() - started - (self._compile_seconds - compiled)
+        run.count(steps, out, seconds)
+        row_rounds = int(out.rounds.sum())
+        policy.record(steps, int(out.rounds.max()), seconds, row_rounds, out.accepted.sum(axis=0).tolist())
+        run.take(out.tokens, out.drafted, out.counts, np.asarray(state.finished) != decode.RUNNING)
         return state
 
 
@@ -348,20 +357,22 @@ class _Run:
         self.texts = [""] * count
         self.streams = [self.tokenizer.stream() for _ in range(count)] if self.tokenizer and on_token else None
 
-    def take(self, tokens: np.ndarray, drafted: np.ndarray, counts: np.ndarray) -> None:
-        """Append ``counts`` (B,) tokens of each row, and stream them."""
+    def take(self, tokens: np.ndarray, drafted: np.ndarray, counts: np.ndarray, ended: np.ndarray) -> None:
+        """Append ``counts`` (B,) tokens of each row, and stream them. ended: bool (B,), rows without further tokens."""
         for row, n in enumerate(counts.tolist()):
             new = tokens[row, :n].tolist()
             self.tokens[row] += new
             self.drafted[row] += drafted[row, :n].tolist()
             if self.on_token is None:
                 continue
-            for token in new:
+            for place, token in enumerate(new):
                 text = self.streams[row].push(token) if self.streams else ""
+                if self.streams and ended[row] and place == n - 1:
+                    text += self.streams[row].flush()
                 self.on_token(row, token, text)
 
-    def count(self, steps: int, out: decode.Emission, seconds: float | None) -> None:
-        """Add a run of rounds to the statistics. seconds: None when it was compiled in that time."""
+    def count(self, steps: int, out: decode.Emission, seconds: float) -> None:
+        """Add a run of rounds to the statistics."""
         stats, accepted = self.stats, out.accepted.sum(axis=0).tolist()
         rounds = int(out.rounds.sum())
         stats.rounds += rounds
@@ -372,13 +383,11 @@ class _Run:
             stats.accepted_per_step[j] += n
         stats.draft_lengths[steps] = stats.draft_lengths.get(steps, 0) + int(out.rounds.max())
         stats.decode_tokens += int(out.counts.sum())
-        if seconds is not None:
-            stats.timed_tokens += int(out.counts.sum())
-            stats.decode_seconds += seconds
+        stats.decode_seconds += seconds
 
     def output(self, finished: list[int]) -> Output:
         """The result, once every row has ended."""
-        if self.streams:
+        if self.streams:  # a stop id may be all that came behind a piece of a character
             for row, stream in enumerate(self.streams):
                 rest = stream.flush()
                 if rest and self.tokens[row]:

@@ -21,7 +21,7 @@ from flax import nnx
 from gemma4_jax.model.attention import Attention
 from gemma4_jax.model.decoder import Block, Gemma4, layer_pattern, runs_of
 from gemma4_jax.model.drafter import Drafter
-from gemma4_jax.model.layers import Embedder, FeedForward, Linear, soft_cap
+from gemma4_jax.model.layers import Embedder, FeedForward, Linear, embedding_scale, soft_cap
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
 from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed
 
@@ -129,10 +129,31 @@ class ReadEmbedder(Embedder):
 
     def __init__(self, source: Embedder):
         self.table = source.table
+        bits = _bits(source.table[...])
+        self.bits = None if bits is None else Bits(bits)
+
+    def encode(self, tokens: jax.Array, dtype) -> jax.Array:
+        """See ``Embedder.encode``. Rows are taken from ``bits`` where there are any."""
+        if self.bits is None:
+            return super().encode(tokens, dtype)
+        table = self.table[...]
+        rows = jax.lax.bitcast_convert_type(self.bits[...][tokens], table.dtype)
+        return (rows * embedding_scale(table)).astype(dtype)
 
     def decode(self, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
         """f32 logits: hidden (..., D) -> (..., V)."""
         return soft_cap(read_matmul(hidden, self.table[...]), softcap)
+
+
+class Bits(nnx.Variable):
+    """A bf16 table as uint16, in the same memory."""
+
+
+def _bits(table: jax.Array) -> jax.Array | None:
+    """XLA:CPU has no bf16 gather: it would convert the whole table to f32 before each run of the decoding loop."""
+    if table.dtype != jnp.bfloat16 or not _on_host(table):
+        return None
+    return jax.device_put(np.asarray(table).view(np.uint16), next(iter(table.devices())))
 
 
 def _read_embedder(source: Embedder) -> ReadEmbedder | ReadPackedEmbedder:

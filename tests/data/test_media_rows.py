@@ -1,20 +1,24 @@
 """Training rows with media: what is learnt, media in the order of soft tokens, packing, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import soundfile
+from flax import nnx
 from PIL import Image
 
+import gemma4_jax as g4
 from gemma4_jax.bundle import with_token_ids
 from gemma4_jax.config import get_preset
-from gemma4_jax.data import make_dataset
-from gemma4_jax.data.media_rows import make_processor
+from gemma4_jax.data import heldout_conversations, make_dataset
+from gemma4_jax.data.media_rows import MediaChatEncoder, make_processor
 from gemma4_jax.data.options import DataOptions
-from gemma4_jax.data.tasks import DIGIT_NAMES, TONES, Digits, Dtmf
+from gemma4_jax.data.tasks import DIGIT_NAMES, TONES, VARIANTS, Digits, Dtmf
 from gemma4_jax.errors import ConfigError, DataError
-from gemma4_jax.media import check_counts
+from gemma4_jax.media import check_counts, stack_media
+from gemma4_jax.text.chat import media_sources
 from gemma4_jax.text.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(["What is it? Which digit? user model thought one two three"] * 2, 384)
@@ -93,6 +97,63 @@ def test_one_example_a_row_equals_the_processor(folder):
             assert any(np.array_equal(found[i : i + len(want)], want) for i in range(len(found)))
 
 
+def test_blind_rows_have_the_same_sizes_and_nothing_in_them(folder):
+    options = {"seq_len": 320, "heldout_source": "digits"}
+    seeing, blind = (first_batch(dataset(folder, f"jsonl:{folder}/x.jsonl", blind=b, **options)) for b in (False, True))
+    for name in ("tokens", "loss_mask", "token_types"):
+        np.testing.assert_array_equal(seeing[name], blind[name])
+    np.testing.assert_array_equal(seeing["media"].patch_positions, blind["media"].patch_positions)
+    for kind in ("patches", "audio_frames"):
+        assert getattr(seeing["media"], kind).any()
+        assert not getattr(blind["media"], kind).any()
+
+
+@pytest.mark.parametrize(("line", "kinds"), [(1, {"vision"}), (3, {"audio"}), (4, {"vision", "audio"})])
+def test_kinds_of_media(folder, line, kinds):
+    (folder / "one.jsonl").write_text((folder / "x.jsonl").read_text().splitlines()[line])
+    assert dataset(folder, f"jsonl:{folder}/one.jsonl", heldout_source="digits").media_kinds == kinds
+
+
+def test_heldout_conversations_have_paths_that_hold(folder):
+    data = {"source": "digits", "heldout_source": f"jsonl:{folder}/x.jsonl", "format": "chat"}
+    found = heldout_conversations(data, 3)
+    assert [len(document["messages"]) for document in found] == [2, 2, 2]
+    images = media_sources([*found[1]["messages"], *found[2]["messages"]])["image"]
+    assert images == [folder / "a.png", folder / "b.png", folder / "a.png"]
+    assert len(heldout_conversations(data)) == 6
+
+
+def test_packed_rows_give_the_logits_of_separate_conversations(folder):
+    """Through the model: every example of a packed row, with its media, as if it stood alone."""
+    layers = {"num_hidden_layers": 2, "layer_types": ("sliding_attention", "full_attention"), "drafter": None}
+    config = dataclasses.replace(CONFIG, **layers)
+    bundle = g4.init(config, seed=1)
+    data = dataset(folder, f"jsonl:{folder}/x.jsonl", config=config, seq_len=640, batch_size=1, heldout_source="digits")
+    batch = first_batch(data)
+    assert len(data.media_kinds) == 2 and batch["segment_ids"].max() >= 4
+    model = nnx.jit(lambda m, b: m.logits(m(
+        b["tokens"], positions=b["positions"], segment_ids=b["segment_ids"], token_types=b["token_types"],
+        media=b["media"]).hidden))  # fmt: skip
+    packed = np.asarray(model(bundle.model, batch))[0]
+    processor = make_processor(DataOptions.of({"format": "chat", "image_budget": 70}), TOKENIZER, config)
+    encoder = MediaChatEncoder(processor, "messages")
+    documents = heldout_conversations(
+        {"source": "digits", "heldout_source": f"jsonl:{folder}/x.jsonl", "format": "chat"}
+    )
+    rows = {row.tokens.tobytes(): row for row, _, _ in (encoder.row(d, "x") for d in documents)}
+    for segment in range(1, batch["segment_ids"].max() + 1):
+        at = batch["segment_ids"][0] == segment
+        row = rows[batch["tokens"][0][at].tobytes()]
+        alone = {
+            "tokens": np.pad(row.tokens, (0, 640 - len(row.tokens)))[None],
+            "token_types": np.pad(row.token_types, (0, 640 - len(row.tokens)))[None],
+            "segment_ids": (np.arange(640) < len(row.tokens)).astype(np.int32)[None],
+            "positions": np.arange(640, dtype=np.int32)[None],
+            "media": stack_media([row], batch["media"].patches.shape[1], batch["media"].audio_frames.shape[1], True),
+        }
+        np.testing.assert_allclose(np.asarray(model(bundle.model, alone))[0, : at.sum()], packed[at], atol=2e-4)
+
+
 def test_text_only_conversations_have_no_media(folder):
     (folder / "t.jsonl").write_text((folder / "x.jsonl").read_text().splitlines()[0])
     data = dataset(folder, f"jsonl:{folder}/t.jsonl", heldout_source="digits")
@@ -132,11 +193,14 @@ def test_model_without_media_input(folder):
 
 def test_digits():
     train, heldout = Digits("train"), Digits("heldout")
-    assert (len(train), len(heldout)) == (1497, 300)
+    assert (len(train), len(heldout)) == (1497 * VARIANTS, 300)
     seen = {train[i]["messages"][0]["content"][0]["image"].tobytes() for i in range(len(train))}
     assert not any(heldout[i]["messages"][0]["content"][0]["image"].tobytes() in seen for i in range(len(heldout)))
     assert {heldout[i]["messages"][1]["content"] for i in range(len(heldout))} == set(DIGIT_NAMES)
     assert train.fingerprint() != heldout.fingerprint()
+    image, variant = (train[i]["messages"][0]["content"][0]["image"].astype(int) for i in (7, 7 + 1497))
+    assert train[7]["messages"][1] == train[7 + 1497]["messages"][1]
+    assert 0 < np.abs(image - variant).mean() < 0.5 * image.mean()
 
 
 def test_telephone_tones_are_what_the_standard_says():

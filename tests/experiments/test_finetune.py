@@ -83,6 +83,41 @@ def test_bad_input_is_one_line(base, conversations, tmp_path, capsys, more, code
     assert not (tmp_path / "w").exists()
 
 
+def test_a_bundled_task_is_trained_asked_and_kept(tmp_path):
+    """Two steps on pictures of digits: sound's embedder stays as it was, numbers are there, the run says how it sees."""
+    layers = {
+        "num_hidden_layers": 2, "layer_types": ("sliding_attention", "full_attention"), "drafter": None,
+        "vision.patch_size": 2, "vision.pooling_kernel_size": 2,
+    }  # fmt: skip
+    base = g4.init("tiny", config_overrides=layers)
+    base.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content[1].text }}{% endfor %}{{ '<|image|>' }}"
+    g4.save(base, tmp_path / "base")
+    fields = ["train.steps=2", "train.checkpoint_every=0", "train.eval_every=0", "train.final_eval_batches=1",
+              "data.workers=0", "optimizer.warmup_steps=1", "answers.count=3", "answers.max_new_tokens=2"]  # fmt: skip
+    command = ["--config", "configs/finetune.py:digits", "--workdir", str(tmp_path / "w")]
+    fields = [*fields, f"base.checkpoint={tmp_path / 'base'}"]
+    assert launch.main([*command, *(f"--config.{field}" for field in fields)]) == 0
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert results["answers_asked"] == results["blind_answers_asked"] == 3
+    for name in ("correct", "characters", "positions"):
+        assert 0 <= results[f"answers_{name}"] <= 1 and 0 <= results[f"blind_answers_{name}"] <= 1
+    assert 0 <= results["input_wait_share"] < 1
+    assert "of 3 held-out answers are right" in (tmp_path / "w" / "samples.md").read_text()
+    trained = g4.load(tmp_path / "w", dtype=None)
+    assert trained.processor.options.image_budget == 70
+    assert trained.chat_template == base.chat_template
+    before, after = bundle_weights(base), bundle_weights(trained)
+    moved = {name for name in before if not np.array_equal(np.asarray(before[name]), np.asarray(after[name]))}
+    assert not any(name.startswith("model/audio/") for name in moved)
+    assert {name for name in before if name.startswith("model/vision/")} <= moved
+
+
+def test_asking_needs_conversations(base, conversations, tmp_path, capsys):
+    more = ["data.format=text", "answers.ask=True"]
+    assert launch.main(command("full", base, conversations, tmp_path / "w", *more)) == 2
+    assert "answers.ask needs data.format 'chat', got 'text'" in capsys.readouterr().err
+
+
 def test_configs():
     config, _, name = run_config.load_config("configs/finetune.py:drafter", launch.ROOT)
     assert (

@@ -13,7 +13,10 @@ def command(checkpoint, workdir, *overrides):
 
 def test_prompts_are_continued(tmp_path):
     g4.save(g4.init("tiny", seed=0), tmp_path / "model", format="checkpoint")
-    assert launch.main(command(tmp_path / "model", tmp_path / "w", "sample.draft_tokens=2")) == 0
+    arguments = [*command(tmp_path / "model", tmp_path / "w", "sample.draft_tokens=2"), "--profile"]
+    assert launch.main(arguments) == 0
+    traces = list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
+    assert traces and traces[0].stat().st_size > 1000
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert results["prompts"] == 3
     assert 3 <= results["new_tokens"] <= 18

@@ -33,10 +33,7 @@ print(json.dumps({"growth": resident("VmHWM") - before, "dtype": str(bundle.mode
 def test_peak_memory_of_an_import(tmp_path):
     rows = names.target_rows(CONFIG, names.LAYOUTS["gemma4_unified"])
     shapes, kind = Network(CONFIG).shapes, np.dtype(ml_dtypes.bfloat16)
-    tensors = {
-        row.published: (kind, tuple(shapes[row.ours].shape[len(row.index) :]))
-        for row in rows
-    }
+    tensors = {row.published: (kind, tuple(shapes[row.ours].shape[len(row.index) :])) for row in rows}
     size = write_file(tmp_path / "model.safetensors", tensors, lambda name: np.full(tensors[name][1], 0.01, kind))
     (tmp_path / "config.json").write_text(json.dumps(hf_config.published_config(CONFIG)))
     run = subprocess.run([sys.executable, "-c", LOAD, tmp_path], capture_output=True, text=True, timeout=200)

@@ -149,6 +149,8 @@ def test_long_file_is_read_up_to_the_limit_only(tmp_path):
         (np.zeros((100, 99)), "99 channels; the limit is 64"),
         (np.zeros(9, np.complex64), "dtype complex64"),
         ((np.zeros(9), 0), "rate 0; the range is 100 to 768000"),
+        ((np.zeros(9), float("nan")), "rate nan; the range is 100 to 768000"),
+        ((np.zeros(9), "16000"), "rate '16000'; a number of samples a second is expected"),
         ((np.zeros(9), 16_000, 1), "a tuple of 3"),
     ],
 )
@@ -160,7 +162,7 @@ def test_refused(source, message):
 MUTABLE = {
     form: wav(tone(8_000, 0.1), 8_000, subtype, form)
     for form, subtype in {"WAV": "PCM_16", "FLAC": "PCM_16", "OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}.items()
-}
+} | {path.name: path.read_bytes() for path in (*SCIPY_WAVS, *STDLIB_WAVS)}
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,15 +1,20 @@
 """Images: sizes, tiles, every way of giving one, and what is refused."""
 
+import importlib.util
 import io
 import os
+import pathlib
 import re
 import resource
 import struct
+import tracemalloc
 import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.datasets
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_fuzz import mutated, outcome
@@ -89,6 +94,36 @@ def test_an_image_of_the_target_size_is_not_resampled():
     np.testing.assert_array_equal(prepare_image(pixels).patches, images.patchify(pixels).patches)
 
 
+def real_files():
+    """Photographs of scikit-learn, and the pictures of scikit-image where that is installed."""
+    folders = [pathlib.Path(PHOTOS)]
+    found = importlib.util.find_spec("skimage")
+    if found is not None:
+        folders.append(pathlib.Path(found.submodule_search_locations[0]) / "data")
+    return [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".jpg", ".png", ".gif")]
+
+
+@pytest.mark.parametrize("path", real_files(), ids=lambda path: path.name)
+def test_real_files(path):
+    """Sizes by the rule, and the published path's bicubic (torch's, on uint8) within two grey levels."""
+    image = images.load_image(path)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    for budget in (70, 280, 1120):
+        size = target_size(image.height, image.width, budget)
+        patches, positions = prepare_image(path, budget, exact=True)
+        assert len(patches) == size[0] * size[1] // 48**2
+        assert positions.max(axis=0).tolist() == [size[1] // 48 - 1, size[0] // 48 - 1]
+        want = torch.nn.functional.interpolate(tensor, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+        difference = np.abs(patches - images.patchify(want).patches) * 255
+        assert difference.max() < 2.5
+        assert difference.mean() < 0.2
+
+
+def test_photographs_are_there():
+    assert [path.name for path in real_files()][:2] == ["china.jpg", "flower.jpg"]
+    assert all(len(prepare_image(path).patches) == 260 for path in real_files()[:2])
+
+
 def test_every_form_of_one_image_gives_the_same_patches(photo, tmp_path):
     want = prepare_image(photo)
     assert want.patches.shape == (260, 6912)
@@ -158,6 +193,22 @@ def test_sixteen_bits_keep_their_range():
     grey = np.array([[0, 257, 65535]], np.uint16)
     for source in (grey, encoded(Image.fromarray(grey), "PNG"), encoded(Image.fromarray(grey), "TIFF")):
         assert np.asarray(images.load_image(source))[0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_arrays_of_other_libraries():
+    grey = np.arange(12, dtype=np.float32).reshape(3, 4) / 16  # exact in bfloat16
+    want = np.asarray(images.load_image(grey))
+    for array in (jnp.asarray(grey), jnp.asarray(grey, jnp.bfloat16), torch.from_numpy(grey), grey.astype(np.float16)):
+        np.testing.assert_array_equal(np.asarray(images.load_image(array)), want)
+
+
+def test_large_arrays_are_converted_piece_by_piece():
+    array = np.broadcast_to(np.float64(0.5), (3000, 4000, 3))  # takes no memory itself; 288 MB as f64
+    tracemalloc.start()
+    assert prepare_image(array, 70).patches[0, 0] == np.float32(128 * np.float32(1 / 255))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150e6
 
 
 def test_exif_orientation(photo):

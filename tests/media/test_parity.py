@@ -169,15 +169,19 @@ def test_batch_of_unlike_rows(peer, bundle):
         assert np.abs(logits[: len(row[0])] - want).max() < 2e-4 * np.ptp(want)
 
 
-@pytest.mark.parametrize("name", ["two images side by side", "audio", "all"])
-def test_greedy_continuation(peer, bundle, name):
+@pytest.fixture(scope="module")
+def sampler(bundle):
+    return g4.Sampler(bundle, max_length=512, draft_tokens=0, chunk=64)  # the longer prompts take several chunks
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("text", "image at the very end")])
+def test_greedy_continuation(peer, bundle, sampler, name):
     row = prompts(bundle.processor)[name]
     # With a static cache the peer makes the masks of its own ``create_masks_for_generate``; with the default cache it
     # falls back to those of the bare forward pass.
     options = {"max_new_tokens": 40, "cache_implementation": "static", "disable_compile": True}
     with torch.no_grad():
         want = peer.generate(**peer_inputs(bundle.processor, *row), **options)[0, len(row[0]) :].tolist()
-    sampler = g4.Sampler(bundle, max_length=512, draft_tokens=0, chunk=64)  # the prompt takes several chunks
     given = {"images": [row[1]], "audio": [row[2]], "videos": [row[3]]}
     assert sampler.generate([row[0]], **given, max_new_tokens=40, stop_ids=[]).tokens[0] == want
 

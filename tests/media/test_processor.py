@@ -120,7 +120,14 @@ def test_row_is_named(prompt, media, message):
         PROCESSOR(["fine", prompt], **given)
 
 
+def test_ids_are_a_flat_list_of_whole_numbers():
+    for prompt in ([2.5, 3.0], [[2, 3], [4, 5]]):
+        with pytest.raises(PromptError, match="row 1: a prompt is a string or a flat list of ids, not"):
+            PROCESSOR(["a", prompt], images=[None, None])
+
+
 def test_shape_of_the_media_argument():
+    assert PROCESSOR(["a"], images=([WIDE] for _ in range(1))).media is not None
     with pytest.raises(MediaError, match="images has 1 rows but there are 2 prompts"):
         PROCESSOR(["a", "b"], images=[[WIDE]])
     with pytest.raises(MediaError, match="row 1: images is ndarray; each row takes a list of sources"):

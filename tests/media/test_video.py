@@ -28,7 +28,7 @@ def animated(form, count=6, duration=250):
 
 
 def mp4(path, count=25, rate=10, size=(96, 64)):
-    with av.open(str(path), "w") as container:
+    with av.open(path if isinstance(path, io.BytesIO) else str(path), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for i in range(count):
@@ -134,10 +134,16 @@ def test_too_many_frames(monkeypatch):
         prepare_video(animated("GIF"))
 
 
-FILES = {form: animated(form, 3) for form in ("GIF", "WEBP")}
+def mp4_bytes():
+    buffer = io.BytesIO()
+    mp4(buffer, count=4, size=(32, 32))
+    return buffer.getvalue()
 
 
-@settings(max_examples=60, deadline=None)
+FILES = {form: animated(form, 3) for form in ("GIF", "WEBP")} | {"MP4": mp4_bytes()}
+
+
+@settings(max_examples=90, deadline=None)
 @given(mutated(FILES))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

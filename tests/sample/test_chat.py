@@ -13,6 +13,7 @@ from PIL import Image
 import gemma4_jax as g4
 from gemma4_jax.errors import ConfigError, MediaError, PromptError
 from gemma4_jax.sample.terminal import TerminalChat, open_chat
+from gemma4_jax.text import chat as chat_format
 from gemma4_jax.text import tools
 from gemma4_jax.text.pieces import Control, Pieces
 from gemma4_jax.text.tokenizer import train_tokenizer
@@ -144,6 +145,17 @@ def test_failed_turn_leaves_the_conversation_as_it_was():
     assert chat.send("x").text == "yes"
 
 
+def test_turns_that_are_no_turns():
+    chat = g4.Chat(Scripted(ids("yes")))
+    for media, name in (("cat.png", "str"), (np.zeros((2, 2, 3), np.uint8), "ndarray")):
+        with pytest.raises(MediaError, match=f"images is {name}; a list of sources is expected"):
+            chat.send("x", images=media)
+    with pytest.raises(PromptError, match="the text of a turn is NoneType"):
+        chat.send(None)
+    assert chat.history == []
+    assert chat.send("x", images=None, audio=()).text == "yes"
+
+
 def test_refused_at_the_start():
     with pytest.raises(PromptError, match="a chat needs a tokenizer"):
         g4.Chat(types.SimpleNamespace(tokenizer=None))
@@ -202,6 +214,33 @@ def test_terminal(tmp_path):
     assert [m["content"] for m in saved[1::2]] == ["a cat", "yes"]
     assert chat.history == []
     assert terminal(chat).endswith("\n")
+
+
+def test_terminal_survives_odd_lines(tmp_path, monkeypatch):
+    """Paths with an apostrophe or relative ones, a file that is no image, nowhere to save, Ctrl-C in a reply."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (2, 2)).save(tmp_path / "it's.png")
+    sampler = Scripted(ids("a cat"), ids("yes"))
+
+    def interrupted(_row, _index, _text):
+        raise KeyboardInterrupt
+
+    chat = g4.Chat(sampler)
+    text = terminal(chat, "/image it's.png", "/image", "/image no'where.png", "/save", "what?", "/save x.jsonl")
+    assert "added it's.png" in text
+    assert sampler.calls[0][1] == [[f"{tmp_path}/it's.png"]]
+    assert "! /image: '' is not a file" in text
+    assert '! /image: "no\'where.png" is not a file' in text
+    assert "! /save: give the path of a file" in text
+    row = json.loads((tmp_path / "x.jsonl").read_text())
+    assert chat_format.media_sources(row["messages"])["image"] == [f"{tmp_path}/it's.png"]
+    before = list(chat.history)
+    generate = sampler.generate
+    sampler.generate = lambda *args, on_token, **more: generate(*args, on_token=interrupted, **more)
+    text = terminal(chat, "/image it's.png", "/reset", "never answered", "/quit")
+    assert "! stopped; this turn is forgotten" in text
+    assert before and chat.history == []
+    assert sampler.calls[-1][1] == [[]]  # /reset also drops what was attached
 
 
 def test_chat_of_a_config(tmp_path):

@@ -47,6 +47,49 @@ def test_no_compilation_for_new_lengths(bundle):
     assert compiled == []
 
 
+def test_first_rates_leave_compilation_out():
+    """Each program is compiled once, before it is called, and apart from both rates."""
+    bundle = small_bundle(vocab_size=72)
+    compiled = []
+
+    def listen(event, duration, **details):
+        if "backend_compile" in event:
+            compiled.append(str(details.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        sampler = Sampler(bundle, max_length=64, draft_tokens=2)
+        stats = sampler.generate(prompts_of([6]), max_new_tokens=8, stop_ids=[]).stats
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    for name in ("empty", "text_chunk", "begin", "rounds"):
+        assert sum(name in entry for entry in compiled) == 1, compiled
+    assert stats.compile_seconds > 0
+    assert stats.tokens_per_second > 0
+    again = sampler.generate(prompts_of([6]), max_new_tokens=8, stop_ids=[]).stats
+    assert again.compile_seconds == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_decoding(dtype):
+    """Weights, caches and 10 %: the loop updates in place and converts no weight beside the one it reads."""
+    bundle = small_bundle(dtype=dtype, param_dtype=dtype, hidden_size=256, intermediate_size=1024, vocab_size=2048,
+                          sliding_window=256, max_position_embeddings=4096)  # fmt: skip
+    sampler = Sampler(bundle, max_length=2000, draft_tokens=2)
+    prompts = [np.asarray(p, np.int32) for p in prompts_of([5])]
+    wanted, mode = sampler._request(prompts, 4, (0.0, 0, 1.0, 0.0, 1.0), 0, [])
+    state = sampler._begin(prompts, None, wanted, mode)
+    memory = programs.rounds.lower(
+        *sampler._target, *sampler._drafter, state, wanted, jnp.int32(4), steps=2, mode=mode, buffer=256
+    ).compile().memory_analysis()  # fmt: skip
+    weights = jax.tree.leaves((sampler._target[1], sampler._drafter[1]))
+    held = sum({x.unsafe_buffer_pointer(): x.nbytes for x in weights}.values())  # a bf16 table and its bits are one
+    held += sampler.cache_bytes()["total"]
+    assert held < memory.argument_size_in_bytes
+    added = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    assert added < 0.1 * held
+
+
 @pytest.mark.parametrize(("dtype", "rows", "steps"), [("float32", 1, 0), ("float32", 1, 2), ("bfloat16", 3, 2)])
 def test_the_loop_copies_no_cache(dtype, rows, steps):
     """Nothing of a cache's shape is copied in the optimised program, neither rings nor the global cache."""
@@ -104,6 +147,9 @@ def test_a_row_ends_at_max_length(bundle, sampler):
         ([[0.5]], "row 0: a prompt is"),
         (["hi"], "row 0: a string, but the bundle has no tokenizer"),
         ("hi", "prompts is a string"),
+        (7, "prompts is a int"),
+        ([[3, [4]]], "row 0: a prompt is"),
+        ([3, 4], "row 0: a prompt is"),
     ],
 )
 def test_bad_prompts(sampler, prompts, message):
@@ -123,6 +169,13 @@ def test_bad_prompts(sampler, prompts, message):
         (dict(max_new_tokens=2.5), "max_new_tokens is 2.5"),
         (dict(stop_ids=[99]), "stop id 99 is outside the vocabulary of 64"),
         (dict(temperature=float("nan")), "temperature is nan"),
+        (dict(temperature="hot"), "temperature is 'hot'; it must be a number"),
+        (dict(temperature=None), "temperature is None; it must be a number"),
+        (dict(top_k=2.5), "top_k is 2.5; it must be a whole number"),
+        (dict(seed=None), "seed is None; it must be a whole number"),
+        (dict(seed=-1), "seed is -1; it must be between 0"),
+        (dict(stop_ids=5), "stop_ids is 5; it must be a list of ids"),
+        (dict(stop_ids=["</s>"]), "stop_ids has '</s>'"),
     ],
 )
 def test_bad_options(sampler, options, message):
@@ -185,12 +238,15 @@ def test_strings_and_streaming():
     bundle = small_bundle(vocab_size=512)
     bundle = dataclasses.replace(bundle, tokenizer=tokenizer)
     sampler = Sampler(bundle, max_length=64, draft_tokens=2)
-    got = {0: ([], ""), 1: ([], "")}
+    got, calls = {0: ([], ""), 1: ([], "")}, 0
 
     def on_token(row, token, text):
+        nonlocal calls
+        calls += 1
         got[row] = [*got[row][0], token], got[row][1] + text
 
     out = sampler.generate(["abc", "ä"], max_new_tokens=9, stop_ids=[], on_token=on_token)
+    assert sum(len(row) for row in out.tokens) == calls
     ids = [tokenizer.encode(text) for text in ("abc", "ä")]
     assert [row.count(tokenizer.bos_id) for row in ids] == [1, 1]
     assert sampler.generate(ids, max_new_tokens=9, stop_ids=[]).tokens == out.tokens
@@ -199,12 +255,13 @@ def test_strings_and_streaming():
         assert got[row][1] == out.texts[row] == tokenizer.decode(out.tokens[row])
 
 
-def _drive(policy, cost, acceptance, runs=200):
+def _drive(policy, cost, acceptance, runs=200, longest_run=32):
     """Seconds per token with the policy, if a round of draft length D costs ``cost(D)``."""
     rng = np.random.default_rng(0)
     seconds = tokens = 0.0
     for _ in range(runs):
         steps, rounds = policy.next()
+        rounds = min(rounds, longest_run)
         reach = rng.random((rounds, steps)) < acceptance
         accepted = np.cumprod(reach, axis=1).sum(axis=0).astype(int).tolist()
         spent = rounds * cost(steps)
@@ -221,6 +278,20 @@ def _drive(policy, cost, acceptance, runs=200):
 def test_adaptive_length(acceptance, slope, limit):
     """A useless or dear drafter costs at most 3 %; a good and cheap one pays."""
     assert _drive(DraftPolicy("auto"), lambda d: 1 + slope * d + 0.1 * (d > 0), acceptance) < limit
+
+
+def test_adaptive_length_where_any_draft_has_a_fixed_price():
+    """Rounds of two rows that cost as much as those of five: a long draft pays where a short one cannot."""
+    policy = DraftPolicy("auto")
+    assert _drive(policy, lambda d: 1 + 1.2 * (d > 0), 0.8) < 0.75
+    assert policy.best() >= 4
+
+
+def test_a_useless_drafter_compiles_one_more_program():
+    """Two lengths are ever run, and runs cut short by streaming cost no more than long ones."""
+    policy = DraftPolicy("auto")
+    assert _drive(policy, lambda d: 1 + 0.5 * d, 0.0, runs=1600, longest_run=4) < 1.03
+    assert sorted(policy.records) == [0, 4]
 
 
 def test_adaptive_sampler_gives_the_same_tokens(bundle):

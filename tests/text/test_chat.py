@@ -266,11 +266,20 @@ def test_refused(messages, message):
         "{{ messages.append(1) }}",
         "{% if %}",
         "{{ 1 / 0 }}",
+        "{{ 'a' * 10**10 }}",
+        "{{ ([0] * 100_000) * 100_000 }}",
+        "{{ 10 ** 100_000 }}",
+        "{{ nothing * 3 }}",
     ],
 )
 def test_template_that_misbehaves(template):
     with pytest.raises(PromptError, match=r"^chat template: "):
         chat.render(TURNS, template=template)
+
+
+def test_template_may_calculate():
+    template = "{{ bos_token }}{{ '-' * 3 }}{{ 2 ** 5 }}{{ 1.5 * 2 }}"
+    assert chat.render(TURNS, template=template).pieces == ["<bos>", "---323.0"]
 
 
 def test_thoughts_and_answer():

@@ -208,6 +208,28 @@ def test_settings_of_a_loaded_folder_are_kept(tokenizer, tmp_path):
     assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["model_max_length"] == 7
 
 
+@pytest.mark.parametrize(
+    ("stored", "found"),
+    [
+        (None, None),
+        ("{{ x }}", "{{ x }}"),
+        ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], "d"),
+    ],
+)
+def test_template_inside_of_the_settings(tokenizer, stored, found):
+    settings = {} if stored is None else {"chat_template": stored}
+    assert Tokenizer.from_json(tokenizer.to_json(), settings).chat_template == found
+    assert tokenizer.chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"), [(7, "chat_template is int"), ([{"name": "rag", "template": "r"}], "choices: rag")]
+)
+def test_bad_template_inside_of_the_settings(tokenizer, stored, message):
+    with pytest.raises(PromptError, match=message):
+        Tokenizer.from_json(tokenizer.to_json(), {"chat_template": stored}).chat_template  # noqa: B018
+
+
 def test_control_tokens_that_a_file_lists_as_ordinary_are_still_guarded(tokenizer):
     description = json.loads(tokenizer.to_json())
     for token in description["added_tokens"]:
