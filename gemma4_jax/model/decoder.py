@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.attention import Attend, Attention, Rope, masked_attention
@@ -23,6 +24,8 @@ from gemma4_jax.model.layers import KEPT, Embedder, FeedForward, LayerScalar, RM
 from gemma4_jax.model.masks import make_masks
 from gemma4_jax.model.rope import rope_table
 from gemma4_jax.model.vision import VisionEmbedder, place_media
+
+CUT = "cut"  # weights of one layer, cut out of their stack
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -76,31 +79,45 @@ def decoder_block(config: ModelConfig, kind: str, rngs: nnx.Rngs) -> Block:
 
 
 class Group(nnx.Module):
-    """The repeating part of the layer pattern. runs: one stack of blocks for each run of equal kinds, in order.
-
-    ``__call__`` carries the newest keys/values of each kind along.
-    """
+    """The repeating part of the layer pattern. runs: one stack of blocks for each run of equal kinds, in order."""
 
     def __init__(self, config: ModelConfig, kinds: tuple[str, ...], rngs: nnx.Rngs):
         self.config = config
         self.runs = nnx.List([_stack(count, _block_maker(config, kind), rngs) for kind, count in runs_of(kinds)])
 
-    def __call__(self, x, kv, ropes, masks):
-        """One pass with full masked attention; ``kv`` is replaced by this group's last of each kind."""
-        kv = dict(kv)
-        for run in self.runs:
-            kind = run.kind
-            x, kv[kind] = self._layer_by_layer(run, (x, kv[kind]), ropes[kind], masks[kind])
-        return x, kv
 
-    def _layer_by_layer(self, run, carry, rope, mask):
-        step = _remat(self.config, _block_step)
+class _Run(NamedTuple):
+    """A run of like layers in every group, as a pure value: arrays of ``state`` have two leading axes (group, layer)."""
 
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        def scan(carry, block):
-            return step(block, carry[0], rope, mask)
+    kind: str
+    graph: Any
+    state: Any
+    count: int
 
-        return scan(carry, run)
+    def __call__(self, config: ModelConfig, g: jax.Array, carry, rope: Rope, mask: jax.Array):
+        """The layers of group ``g`` one by one, each attending to all that ``mask`` allows; carry: x and the last (k, v)."""
+
+        def step(state, x, i):
+            return _block_step(_block_at(self.graph, state, g, i), x, rope, mask)
+
+        def layer(carry, i):
+            return _remat(config, step)(self.state, carry[0], i), None
+
+        return jax.lax.scan(layer, carry, jnp.arange(self.count, dtype=jnp.int32))[0]
+
+
+def _block_at(graph, state, g: jax.Array, i: jax.Array) -> Block:
+    """Layer ``i`` of group ``g``.
+
+    A slice of the whole stack, not of an array that the loops were given: those would cut every group's weights out of the
+    stack and pile its gradients up in an array of their own before they reach the stack's.
+    """
+
+    def cut(leaf):
+        start = (g, i, *(jnp.int32(0),) * (leaf.ndim - 2))
+        return checkpoint_name(jax.lax.dynamic_slice(leaf, start, (1, 1, *leaf.shape[2:]))[0, 0], CUT)
+
+    return nnx.merge(graph, jax.tree.map(cut, state))
 
 
 def _block_maker(config: ModelConfig, kind: str):
@@ -161,6 +178,11 @@ def layer_places(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
     return places + [(f"tail/{j}", ()) for j in range(config.num_hidden_layers - len(places))]
 
 
+def is_stacked(name: str) -> bool:
+    """Whether a parameter of that flat name (``model/groups/runs/0/…``) is a stack of layers."""
+    return name.startswith("model/groups/")
+
+
 class Gemma4(nnx.Module):
     """The network. Attributes: embedder, groups (stacked: groups first, then layers of a run), tail (list), final_norm,
     vision, audio.
@@ -214,9 +236,13 @@ class Gemma4(nnx.Module):
         ropes = {kind: rope_table(config, kind, positions) for kind in kinds}
         masks = make_masks(config, length, segment_ids, token_types)
         x, kv = self._run_groups(x, ropes, masks)
-        step = _remat(config, _block_step)
         for block in self.tail:
-            x, kv[block.kind] = step(block, x, ropes[block.kind], masks[block.kind])
+            kind, (graph, state) = block.kind, nnx.split(block)
+
+            def step(state, x, graph=graph, kind=kind):
+                return _block_step(nnx.merge(graph, state), x, ropes[kind], masks[kind])
+
+            x, kv[kind] = _remat(config, step)(state, x)
         return DecoderOutput(self.final_norm(x), kv)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -227,11 +253,19 @@ class Gemma4(nnx.Module):
         config = self.config
         empty = {kind: _empty_kv(config, kind, x) for kind in dict.fromkeys(config.layer_types)}
 
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        def run(carry, group):
-            return group(*carry, ropes, masks)
+        kinds, repeats = layer_pattern(config.layer_types)
+        runs = [
+            _Run(kind, *nnx.split(stack), count)
+            for (kind, count), stack in zip(runs_of(kinds), self.groups.runs, strict=True)
+        ]
 
-        return run((x, empty), self.groups)
+        def group(carry, g):
+            x, kv = carry[0], dict(carry[1])
+            for run in runs:
+                x, kv[run.kind] = run(config, g, (x, kv[run.kind]), ropes[run.kind], masks[run.kind])
+            return (x, kv), None
+
+        return jax.lax.scan(group, (x, empty), jnp.arange(repeats, dtype=jnp.int32))[0]
 
 
 def _empty_kv(config: ModelConfig, kind: str, x: jax.Array) -> KeysValues:
@@ -246,13 +280,15 @@ def _block_step(block, x, rope, mask):
 def _remat(config: ModelConfig, function):
     """Recompute each layer in the backward pass: nothing ("none"), all but linear maps ("dots"), or all ("full").
 
-    Layer by layer, not group by group: the recomputed values of one layer are alive at a time.
+    Layer by layer, not group by group: the recomputed values of one layer are alive at a time. A layer's weights are cut out
+    of their stack again in any case.
     """
-    if config.remat == "none":
-        return function
-    keep = jax.checkpoint_policies.save_only_these_names(KEPT)
-    policy = keep if config.remat == "dots" else None
-    return nnx.remat(function, policy=policy)
+    policies = {
+        "none": jax.checkpoint_policies.save_anything_except_these_names(CUT),
+        "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
+        "full": None,
+    }
+    return jax.checkpoint(function, policy=policies[config.remat])
 
 
 def unstack(model: Gemma4) -> list[Block]:

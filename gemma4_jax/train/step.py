@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma4_jax.losses import LossConfig, compute_losses, evaluation_sums, loss_denominators
+from gemma4_jax.model.decoder import is_stacked
 from gemma4_jax.preference import preference_denominators, preference_losses, preference_means
 from gemma4_jax.train import optimizer as optimizers
 from gemma4_jax.train.sharding import BATCH_AXES, batch_sharding, replicated
@@ -48,7 +49,7 @@ def gradients(
     def micro(params, rows):
         return _micro_losses(network, params, frozen, rows, loss, denominators)
 
-    value_and_grad = jax.value_and_grad(micro, has_aux=True)
+    value_and_grad = value_and_grad_in_place(micro)
     if accumulation == 1:
         (total, sums), grads = value_and_grad(params, batch)
     else:
@@ -65,6 +66,24 @@ def gradients(
         return grads, metrics | preference_means(sums, denominators)
     metrics |= {f"{term}_loss": sums[term] / jnp.maximum(denominators[term], 1.0) for term in sums}
     return grads, metrics
+
+
+def value_and_grad_in_place(function: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """``jax.value_and_grad(function, has_aux=True)`` by its first argument, a flat dict of weights.
+
+    The gradient of a stack of layers is written layer by layer into one array; the plain form adds an array as large as the
+    whole stack for every layer.
+    """
+
+    def evaluate(params: Mapping[str, jax.Array], *args):
+        total, pullback, aux = jax.vjp(lambda params: function(params, *args), params, has_aux=True)
+        stacks = {name: jax.new_ref(jnp.zeros_like(leaf)) for name, leaf in params.items() if is_stacked(name)}
+        (grads,) = pullback.with_refs({name: stacks.get(name, jax.ad.GradValue()) for name in params})(
+            jnp.ones_like(total)
+        )
+        return (total, aux), {name: stacks[name][...] if name in stacks else grads[name] for name in params}
+
+    return evaluate
 
 
 def denominators_of(batch: Batch, loss: LossConfig) -> dict[str, jax.Array]:
