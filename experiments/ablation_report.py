@@ -65,25 +65,35 @@ def table(found: list[comparison.Setting], name: str) -> str:
 
 
 def update_page(page: Path, found: list[comparison.Setting]) -> None:
-    """Write the tables into the page, and the plots of each beside it: ``figures/PAGE/TABLE_….png``."""
+    """Write the tables into the page, and the plots of each beside it: ``figures/PAGE/TABLE_….png``.
+
+    The block ``speedup`` is the plot of that name alone, over all settings.
+    """
     figures = page.parent / "figures" / page.stem
+
+    def images(name: str, *files: str) -> str:
+        return "".join(
+            f"![{name.replace('_', ' ')}]({figures.relative_to(page.parent)}/{file})\n"
+            for file in files
+            if (figures / file).is_file()
+        )
 
     def block(match: re.Match[str]) -> str:
         name = match[2]
+        if name == "speedup":
+            _plot_speedup(figures / "speedup.png", found)
+            return f"{match[1]}\n{images('speed-up', 'speedup.png')}\n{match[3]}"
         comparison.write_plots(of_table(found, name), figures, prefix=f"{name}_")
-        pictures = [f"{name}_{kind}.png" for kind in ("loss", "acceptance")]
-        images = "".join(
-            f"![{name.replace('_', ' ')}]({figures.relative_to(page.parent)}/{picture})\n"
-            for picture in pictures
-            if (figures / picture).is_file()
-        )
-        return f"{match[1]}\n{table(found, name)}\n{images}\n{match[3]}"
+        return f"{match[1]}\n{table(found, name)}\n{images(name, f'{name}_loss.png', f'{name}_acceptance.png')}\n{match[3]}"
 
     write_atomically(page, BLOCK.sub(block, page.read_text(encoding="utf-8")))
+
+
+def _plot_speedup(path: Path, found: list[comparison.Setting]) -> None:
     finished = [setting for setting in found if setting.finished]
     speed = [setting.numbers().get("speedup") for setting in finished]
     plots.bars(
-        figures / "speedup.png", [setting.name for setting in finished], [s and s.mean for s in speed],
+        path, [setting.name for setting in finished], [s and s.mean for s in speed],
         "speed of speculative against plain decoding", [s and s.deviation for s in speed],
     )  # fmt: skip
 

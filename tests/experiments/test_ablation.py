@@ -18,7 +18,7 @@ TINY = [
     "model_overrides.intermediate_size=16", "model_overrides.head_dim=8", "model_overrides.global_head_dim=8",
     "model_overrides.vocab_size=320", "data.vocab_size=320", "model_overrides.drafter.num_hidden_layers=1",
     "model_overrides.drafter.hidden_size=16", "loss.mtp_steps=2", "data.batch_size=8", "data.seq_len=40",
-    "data.heldout_fraction=0.2", "train.steps=3", "train.eval_every=2", "train.final_eval_batches=2",
+    "data.heldout_fraction=0.2", "optimizer.warmup_steps=1", "train.steps=3", "train.eval_every=2", "train.final_eval_batches=2",
     "samples.prompts=2", "samples.prompt_tokens=8", "samples.new_tokens=8", "samples.draft_tokens=2",
 ]  # fmt: skip
 TIMES = ("seconds", "per_second", "speedup", "input_wait", "_dtype")
@@ -88,13 +88,18 @@ def test_the_page_of_the_first_result(tmp_path):
         results = {"val_loss": 2.0 + member.index, "acceptance_per_step": [0.5, 0.4], "speedup": 0.9}
         (folder / "results.json").write_text(json.dumps(results))
     page = tmp_path / "mtp.md"
-    page.write_text("# Words\n<!-- table training -->\nold\n<!-- end -->\nMore words\n")
+    page.write_text(
+        "# Words\n<!-- table training -->\nold\n<!-- end -->\nMore words\n<!-- table speedup -->\n<!-- end -->\n"
+    )
     ablation_report.update_page(page, ablation_report.read_settings(tmp_path / "runs"))
     text = page.read_text()
     assert "# Words" in text and "More words" in text and "old" not in text
     assert "| base | 1 of 3 | 2 |" in text and "| mtp_distill=True | 1 of 3 | 4 |" in text and "mtp_steps" not in text
     assert "figures/mtp/training_acceptance.png" in text
+    assert "![speed-up](figures/mtp/speedup.png)" in text
     assert (tmp_path / "figures" / "mtp" / "speedup.png").is_file()
+    ablation_report.update_page(page, ablation_report.read_settings(tmp_path / "runs"))
+    assert page.read_text() == text  # a second time: the same page
     with pytest.raises(DataError, match="no finished member"):
         ablation_report.read_settings(tmp_path)
     page.write_text("<!-- table x -->\n<!-- end -->")
