@@ -156,6 +156,7 @@ class Gemma4LM(TemplateLM):
         until = settings.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
         new_tokens = int(settings.pop("max_gen_toks", NEW_TOKENS))
+        sampling = _sampling(settings)
         room = self.max_length - new_tokens
         if room < 1:
             raise ConfigError(f"max_gen_toks {new_tokens} leaves no room for a prompt in max_length {self.max_length}")
@@ -166,7 +167,7 @@ class Gemma4LM(TemplateLM):
             prompts,
             max_new_tokens=new_tokens,
             stop_ids=[index for index in stops if index < sampler.config.vocab_size],
-            **_sampling(settings),
+            **sampling,
         )
         return [_cut(text, until) for text in out.texts]
 

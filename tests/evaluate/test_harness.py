@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 import gemma4_jax as g4
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.evaluate.harness import Gemma4LM, run_tasks
+from gemma4_jax.sample import policy
 
 TASK = """
 task: {name}
@@ -40,12 +41,13 @@ def tasks(tmp_path_factory, bundle):
     """A folder of three tasks; the answers of half the questions are what the model says."""
     folder = tmp_path_factory.mktemp("tasks")
     rng, rows = np.random.default_rng(0), []
-    questions = ["import os", "x = [1, 2", "def add(a, b):", "class Queue(", "for i in range", "return self."]
+    questions = ["import os", "for i in range", "def add(a, b):", "class Queue(", "x = [1, 2", "return self."]
     sampler = g4.Sampler(bundle, max_length=64, draft_tokens=0)
     said = sampler.generate(questions, max_new_tokens=8).texts
     for index, (question, text) in enumerate(zip(questions, said, strict=True)):
         choices = [f" {word}" for word in rng.choice(["path", "3]", "None", "object", "len(x)"], 3, replace=False)]
         answer = text.split("\n")[0] if index % 2 else "nothing"
+        assert "\N{REPLACEMENT CHARACTER}" not in answer  # bytes that are no text look different in every tokenizer
         rows.append({"question": question, "choices": choices, "label": index % 3, "answer": answer})
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -56,7 +58,7 @@ def tasks(tmp_path_factory, bundle):
 
 @pytest.fixture(scope="module")
 def model(bundle):
-    return Gemma4LM(bundle, batch_size=4, max_length=64)
+    return Gemma4LM(bundle, batch_size=4, max_length=64, draft_tokens=2)
 
 
 def requests(kind, *arguments):
@@ -86,8 +88,9 @@ def test_answers_end_at_stop_strings(model, bundle):
     assert found == [text[: text.index(stop)] for text, stop in zip(whole, stops, strict=True)]
 
 
-def test_equal_scores_on_the_exported_model(bundle, tasks, tmp_path):
+def test_equal_scores_on_the_exported_model(bundle, tasks, tmp_path, monkeypatch):
     """Every kind of task, by lm-eval's own ``hf`` class on the Hugging Face folder."""
+    monkeypatch.setattr(policy, "CANDIDATES", (0, policy.PROBE))  # each draft length is compiled
     folder, _ = tasks
     names = [f"local_{name}" for name in KINDS]
     ours = run_tasks(bundle, names, include_path=str(folder), batch_size=4, max_length=64)
