@@ -56,11 +56,12 @@ def test_numbers_are_those_of_the_gguf_package(scheme, dtype):
 
 
 def test_int8_rows_are_one_block_each():
-    w = numbers((8, 3, 96), np.float32)
-    values, scale = host_pack(w[0], "int8")
-    expected = np.abs(w[0]).max(-1, keepdims=True) / 127
+    w = numbers((8, 96), np.float32)
+    values, scale = host_pack(w, "int8")
+    expected = np.abs(w).max(-1, keepdims=True) / 127
     np.testing.assert_array_equal(scale, expected.astype(np.float16))
-    assert np.abs(packed.unpack(values, scale) - w[0]).max() <= 0.52 * expected.max()
+    # Half a step of the row, and what rounding the scale to f16 moves its largest number.
+    assert (np.abs(packed.unpack(values, scale) - w) <= (0.5 + 127 * 2.0**-11) * expected).all()
 
 
 def test_stacks_keep_their_leading_axes():
@@ -119,7 +120,12 @@ def test_everything_that_is_a_matrix_is_packed(bundle, scheme):
         assert not [v for v in jax.tree.leaves(nnx.state(module, nnx.Param)) if v.ndim > 3]
     plan = quantize.planned_bytes(before, quantize.packed_of(weights), scheme)
     assert sum(leaf.nbytes for leaf in weights.values()) == plan
-    assert plan < (0.35 if scheme == "int8" else 0.25) * sum(leaf.nbytes for leaf in before.values())
+    # Of what was a matrix: the table of positions, f32 in either form, is over half of a model as small as this.
+    matrices = sum(before[name].nbytes for name in quantize.packed_of(weights))
+    rest = sum(leaf.nbytes for name, leaf in before.items() if name not in quantize.packed_of(weights))
+    assert plan - rest < (0.26 if scheme == "int8" else 0.15) * matrices
+    kept = {name for name, leaf in weights.items() if leaf.ndim > 1 and not quantize.is_packed(name)}
+    assert {name for name in kept if not name.startswith("model/groups/")} == {"model/vision/pos_embedding"}
 
 
 def test_the_check_sees_what_was_not_packed(bundle):

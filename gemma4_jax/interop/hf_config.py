@@ -85,8 +85,8 @@ def model_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
       PromptError: the tokenizer's eos is not in its table.
     """
     kind = values.get("model_type")
-    if kind not in LAYOUTS:
-        hint = " (this is a drafter: give it as drafter=)" if kind in DRAFTER_TYPES else ""
+    if not isinstance(kind, str) or kind not in LAYOUTS:
+        hint = " (this is a drafter: give it as drafter=)" if kind in tuple(DRAFTER_TYPES) else ""
         raise ConfigError(f"config.json: model_type {kind!r} is not supported{hint}; choices: {', '.join(LAYOUTS)}")
     composite = kind == "gemma4_unified"
     where = "text_config." if composite else ""
@@ -105,7 +105,7 @@ def model_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
     if composite:
         fields |= {ours: values[name] for name, ours in _IDS.items() if values.get(name) is not None}
         fields |= {"vision": _vision_config(values), "audio": _audio_config(values)}
-    return ModelConfig(**fields)
+    return _made(ModelConfig, fields)
 
 
 def stop_token_ids(eos: Sequence[int], generation: Mapping[str, Any], tokenizer=None) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ def drafter_config(values: Mapping[str, Any], target: ModelConfig) -> DrafterCon
       ConfigError: not a drafter, an unsupported setting, or a size that differs from the target's, naming both numbers.
     """
     kind = values.get("model_type")
-    if kind not in DRAFTER_TYPES:
+    if not isinstance(kind, str) or kind not in DRAFTER_TYPES:
         raise ConfigError(f"drafter config.json: model_type is {kind!r}; choices: {', '.join(DRAFTER_TYPES)}")
     text = _section(values, "text_config")
     layers = text.get("num_hidden_layers")
@@ -228,6 +228,8 @@ def _layer_types(text, count: int, period: int, where: str, last_is_global: bool
             given[-1] = FULL
     if not isinstance(given, list) or (last_is_global and given and given[-1] != FULL):
         raise ConfigError(f"{where}layer_types must be a list that ends in {FULL!r}")
+    if not all(isinstance(kind, str) for kind in given):
+        raise ConfigError(f"{where}layer_types must be a list of names")
     return tuple(given)
 
 
@@ -280,7 +282,8 @@ def _rope_fields(rope: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
             SLIDING: {"rope_theta": 1e4},
         }
     name = f"{where}rope_parameters"
-    local, glob = (rope.get(kind) or {} for kind in (SLIDING, FULL))
+    rope = _object(rope, name)
+    local, glob = (_object(rope.get(kind) or {}, f"{name}.{kind}") for kind in (SLIDING, FULL))
     choices = {SLIDING: ("default",), FULL: ("default", "linear", "proportional")}
     for kind, own in ((SLIDING, local), (FULL, glob)):
         allowed = choices[kind]
@@ -300,6 +303,7 @@ def _vision_config(values: Mapping[str, Any]) -> VisionConfig | None:
     vision = values.get("vision_config")
     if vision is None:
         return None
+    vision = _object(vision, "vision_config")
     if vision.get("output_proj_dims", vision.get("mm_embed_dim")) != vision.get("mm_embed_dim"):
         raise ConfigError(
             f"vision_config.output_proj_dims is {vision['output_proj_dims']} but mm_embed_dim is "
@@ -310,11 +314,23 @@ def _vision_config(values: Mapping[str, Any]) -> VisionConfig | None:
 
 def _audio_config(values: Mapping[str, Any]) -> AudioConfig | None:
     audio = values.get("audio_config")
-    return None if audio is None else _dataclass(AudioConfig, audio)
+    return None if audio is None else _dataclass(AudioConfig, _object(audio, "audio_config"))
 
 
 def _dataclass(cls, values: Mapping[str, Any]):
-    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+    return _made(cls, {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+
+def _made(cls, fields: Mapping[str, Any]):
+    """The dataclass, its numbers checked: files hold anything, and comparing it with a number says nothing of the field."""
+    kinds = {"int": int, "float": (int, float), "float | None": (int, float, type(None)), "bool": bool}
+    for field in dataclasses.fields(cls):
+        wanted, value = kinds.get(field.type), fields.get(field.name)
+        if field.name not in fields or wanted is None:
+            continue
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise ConfigError(f"config.json: {field.name} is {value!r}; a value of type {field.type} is needed")
+    return cls(**fields)
 
 
 def _check_neutral(values: Mapping[str, Any], where: str, names) -> None:
@@ -322,6 +338,12 @@ def _check_neutral(values: Mapping[str, Any], where: str, names) -> None:
         if name in values and values[name] not in _NEUTRAL[name]:
             choices = ", ".join(map(repr, _NEUTRAL[name]))
             raise ConfigError(f"{where}{name} is {values[name]!r}, which is not supported; choices: {choices}")
+
+
+def _object(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {name} is a {type(value).__name__}, not an object")
+    return value
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -101,11 +101,18 @@ class Network:
         return {name: variable.get_value() for pairs in named for name, variable in pairs}
 
     def merge(self, params: Mapping[str, jax.Array]) -> tuple[Gemma4, Drafter | None]:
-        """The modules with these weights."""
-        params = {
+        """The modules with these weights, rounded where the run asks for it."""
+        return self.assemble(self.round(params))
+
+    def round(self, params: Mapping[str, jax.Array]) -> Params:
+        """The weights as ``merge`` computes with them: those in ``rounded`` as they would be after packing."""
+        return {
             name: fake_quantize(leaf, self.rounded[name]) if name in self.rounded else leaf
             for name, leaf in params.items()
         }
+
+    def assemble(self, params: Mapping[str, jax.Array]) -> tuple[Gemma4, Drafter | None]:
+        """The modules with these weights as they are."""
         modules = {}
         for part, (graph, _) in self._parts.items():
             names = (name for name, _ in self._named(part, self._flat[part]))

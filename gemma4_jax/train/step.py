@@ -46,8 +46,11 @@ def gradients(
     """
     denominators = denominators_of(batch, loss)
 
+    # Straight-through gradients are those at the rounded weights, so rounding stays out of what is differentiated.
+    params, rest = network.round(params), network.round(frozen)
+
     def micro(params, rows):
-        return _micro_losses(network, params, frozen, rows, loss, denominators)
+        return _micro_losses(network, {**params, **rest}, frozen, rows, loss, denominators)
 
     value_and_grad = value_and_grad_in_place(micro)
     if accumulation == 1:
@@ -72,7 +75,8 @@ def value_and_grad_in_place(function: Callable[..., tuple[jax.Array, Any]]) -> C
     """``jax.value_and_grad(function, has_aux=True)`` by its first argument, a flat dict of weights.
 
     The gradient of a stack of layers is written layer by layer into one array; the plain form adds an array as large as the
-    whole stack for every layer.
+    whole stack for every layer. ``function`` must read the stacks as they are given: JAX (0.10.2) mixes up the gradients of
+    a loop's constants when some of them are written in place and others, computed from ``params``, are not.
     """
 
     def evaluate(params: Mapping[str, jax.Array], *args):
@@ -91,8 +95,9 @@ def denominators_of(batch: Batch, loss: LossConfig) -> dict[str, jax.Array]:
     return preference_denominators(batch) if loss.name == "dpo" else loss_denominators(batch, loss)
 
 
-def _micro_losses(network: Network, params, frozen, rows: Batch, loss: LossConfig, denominators):
-    model, drafter = network.merge({**params, **frozen})
+def _micro_losses(network: Network, weights, frozen, rows: Batch, loss: LossConfig, denominators):
+    """weights: all, rounded already. frozen: as stored; the reference of ``dpo`` is made from it."""
+    model, drafter = network.assemble(weights)
     if loss.name == "dpo":
         reference, _ = network.merge({**frozen, **reference_weights(frozen)})
         return preference_losses(model, reference, rows, loss, denominators)
@@ -177,7 +182,7 @@ def make_eval_step(
     def eval_step(params, frozen, batch):
         denominators = denominators_of(batch, loss)
         if loss.name == "dpo":
-            _, sums = _micro_losses(network, params, frozen, batch, loss, denominators)
+            _, sums = _micro_losses(network, network.round({**params, **frozen}), frozen, batch, loss, denominators)
         else:
             model, drafter = network.merge({**params, **frozen})
             sums = evaluation_sums(model, drafter, batch, loss)

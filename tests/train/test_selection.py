@@ -66,7 +66,7 @@ def test_the_table_counts_layers(network):
     names = trainable_names(network, ALONE, patterns)
     table = trainable_table(network.shapes, names, layer_masks(network, names, patterns))
     (row,) = [line.split() for line in table.splitlines() if "up_proj" in line]
-    assert int(row[1]) == 2 * 32 * 16
+    assert row[1] == f"{2 * 32 * 16:,}"
 
 
 def test_other_layers_do_not_move():
