@@ -1,12 +1,12 @@
 """What README, CONTRIBUTING, docs and notebooks tell people to type: every command resolves, the cheap ones and the Python
 code run, at tiny size, in a folder that holds what they name."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,13 @@ import gemma4_jax as g4
 import launch
 from gemma4_jax.sample import policy
 from gemma4_jax.text.tokenizer import train_tokenizer
-from gemma4_jax.train import memory_plan
+from gemma4_jax.train import run_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 SMALL = {
-    "num_hidden_layers": 2, "layer_types": ("sliding_attention", "full_attention"), "hidden_size": 32,
+    "num_hidden_layers": 2, "layer_types": ("sliding_attention", "full_attention"), "hidden_size": 64,
     "intermediate_size": 32, "drafter.num_hidden_layers": 1, "drafter.hidden_size": 32, "drafter.intermediate_size": 32,
 }  # fmt: skip
 # Commands that run, and what makes them small.
@@ -59,7 +59,7 @@ def commands():
         lines += re.findall(r"`(python launch\.py --config [^`]+)`", text)
         for line in lines:
             match = re.search(r"launch\.py (--config [^|;&#]*)", " ".join(line.split()))
-            if match and not re.search(r"configs/NAME|MEMBER|--config …", match[1]):
+            if match and not re.search(r"configs/NAME|--config …", match[1]):
                 # How many processes there are is the cluster's to say.
                 here = re.sub(r"--config\.distributed\.\S+", "", match[1].replace("…", "")).strip(' "')
                 found.setdefault(" ".join(here.split()), path.name)
@@ -71,7 +71,7 @@ COMMANDS = commands()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages take for granted: a run, published weights with their drafter, media, data."""
+    """What the pages take for granted: a run, a member of a sweep, published weights with their drafter, media, data."""
     place = tmp_path_factory.mktemp("pages")
     bundle = g4.init("tiny", config_overrides=SMALL)
     bundle.tokenizer = train_tokenizer(["import os", "import sys", "def main(self):"] * 5, bundle.config.vocab_size)
@@ -79,6 +79,9 @@ def folder(tmp_path_factory):
     g4.save(bundle, place / "FOLDER")
     g4.save(bundle, place / "path" / "to" / "gemma-4-12B-it", format="huggingface")
     (place / "path" / "to" / "gemma-4-12B-it" / "drafter").rename(place / "path" / "to" / "gemma-4-12B-it-assistant")
+    config, _, _ = run_config.load_config("configs/pretrain.py:tiny", ROOT)
+    (place / "MEMBER").mkdir()
+    (place / "MEMBER" / "config.json").write_text(json.dumps(run_config.resolved(config)))
     Image.new("RGB", (48, 48), "gray").save(place / "cat.jpg")
     soundfile.write(place / "question.wav", np.zeros(4000, np.float32), 16_000)
     for name in "ab":
@@ -88,21 +91,28 @@ def folder(tmp_path_factory):
 
 def test_there_are_commands():
     assert len(COMMANDS) > 20
-    assert {"README.md", "sampling.md", "multimodal.py", "ablation_sweep.py"} <= {
-        *COMMANDS.values(),
-        "ablation_sweep.py",
-    }
+    assert {"README.md", "CONTRIBUTING.md", "sampling.md", "multimodal.py"} <= {*COMMANDS.values()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    """(exit code, stderr) of each command's dry run, on a machine of one device."""
+    runs = []
+    for command in COMMANDS:
+        indexed = re.sub(r" --sweep_index \S+", "", command)  # a member runs; the sweep it belongs to is listed
+        runs.append([*shlex.split(indexed), *([] if "--dry_run" in command else ["--dry_run"])])
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "dry_runs.py")], input=json.dumps(runs), capture_output=True, text=True,
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(zip(COMMANDS, json.loads(done.stdout), strict=True))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda text: text[9:90])
-def test_a_command_resolves(command, folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    # The plan's own tests compile the steps that it measures.
-    monkeypatch.setattr(memory_plan, "measure", lambda *_: types.SimpleNamespace(table=lambda: "not measured"))
-    monkeypatch.setattr(memory_plan, "advice", lambda *_: ())
-    dry = [] if "--dry_run" in command else ["--dry_run"]
-    indexed = re.sub(r" --sweep_index \S+", "", command)  # a member runs; the sweep it belongs to is listed
-    assert launch.main([*shlex.split(indexed), *dry]) == 0, capsys.readouterr().err
+def test_a_command_resolves(command, outcomes):
+    code, errors = outcomes[command]
+    assert code == 0, errors
 
 
 @pytest.mark.parametrize("config", CHEAP)
@@ -119,7 +129,7 @@ def test_a_cheap_command_runs(config, folder, monkeypatch, capsys, tmp_path):
 def test_the_code_of_a_page_runs(page, folder, monkeypatch):
     """The blocks of a page, one after another in one namespace."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(policy, "CANDIDATES", (0, 2))  # each draft length is compiled
+    monkeypatch.setattr(policy, "CANDIDATES", (0, policy.PROBE))  # each draft length is compiled
     monkeypatch.setitem(g4.Chat.__init__.__kwdefaults__, "max_new_tokens", 8)
     names = {"__name__": "page"}
     for number, block in enumerate(blocks(page, "python"), start=1):
@@ -136,4 +146,5 @@ def test_the_pages_build_without_a_warning(tmp_path):
     pages = {path.stem for path in (tmp_path / "html").glob("*.html")}
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} <= pages
     reference = (tmp_path / "html" / "api.html").read_text()
-    assert all(f"gemma4_jax.bundle.{name}" in reference for name in ("load", "init", "save", "logits", "draft_logits"))
+    names = ("bundle.load", "bundle.init", "bundle.save", "scores.logits", "scores.draft_logits")
+    assert all(f'id="gemma4_jax.{name}"' in reference for name in names)
