@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.attention import Attend, Attention, Rope, masked_attention
@@ -26,6 +27,7 @@ from gemma4_jax.model.rope import rope_table
 from gemma4_jax.model.vision import VisionEmbedder, place_media
 
 CUT = "cut"  # weights of one layer, cut out of their stack
+BATCH_AXES = ("data", "fsdp")  # of a mesh: those over which rows of a batch are cut
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -60,10 +62,23 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
         """x (B, T, D) -> (B, T, D), and what ``attend`` returned beside its output."""
+        x = rows_apart(x)
         o, aux = self.self_attn(self.input_layernorm(x), rope, attend)
         x = x + self.post_attention_layernorm(o)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return x * self.layer_scalar[...].astype(x.dtype), aux
+        return rows_apart(x * self.layer_scalar[...].astype(x.dtype)), aux
+
+
+def rows_apart(x: jax.Array) -> jax.Array:
+    """x (B, …) with its rows cut over the batch axes of the mesh in context (``jax.sharding.use_abstract_mesh``), if any.
+
+    Left to itself the compiler cuts activations as the weights' ``embed`` axis is, and then gathers and adds up those of all
+    rows in every layer, instead of gathering one layer's weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(BATCH_AXES) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
 def decoder_block(config: ModelConfig, kind: str, rngs: nnx.Rngs) -> Block:

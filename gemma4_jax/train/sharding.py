@@ -21,11 +21,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import ConfigError
-from gemma4_jax.model.decoder import layer_places
+from gemma4_jax.model.decoder import BATCH_AXES, layer_places
 from gemma4_jax.train import trees
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
 
 # Parameter name -> logical axes of its last dimensions (leading group axes are never cut). First match wins.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (

@@ -139,9 +139,10 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch):
         batch = dict(batch)
         votes = batch.pop(STOP_VOTES, None)
-        grads, metrics = gradients(
-            network, loss, state.params, state.frozen, batch, accumulation=accumulation, mesh=mesh
-        )
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # where layers keep the rows of a batch apart
+            grads, metrics = gradients(
+                network, loss, state.params, state.frozen, batch, accumulation=accumulation, mesh=mesh
+            )
         params, opt_state, ratio = optimizers.update(optimizer, grads, state.opt_state, state.params)
         average = optimizers.average(state.average, params, ema_decay, state.step) if ema_decay else state.average
         metrics |= {
@@ -180,6 +181,10 @@ def make_eval_step(
     """
 
     def eval_step(params, frozen, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return sums_of(params, frozen, batch)
+
+    def sums_of(params, frozen, batch):
         denominators = denominators_of(batch, loss)
         if loss.name == "dpo":
             _, sums = _micro_losses(network, network.round({**params, **frozen}), frozen, batch, loss, denominators)
