@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from gemma4_jax.config import get_preset
+from gemma4_jax.data.pipeline import BatchIterator
 from gemma4_jax.losses import LossConfig
 from gemma4_jax.train.optimizer import OptimizerConfig
 from gemma4_jax.train.sharding import MeshConfig
@@ -86,6 +87,8 @@ class MiniData:
 
 
 class _Recorder(grain.DatasetIterator):
+    load = BatchIterator.load  # reads what another number of processes wrote
+
     def __init__(self, batches, data):
         super().__init__()
         self._batches, self._data = batches, data

@@ -169,6 +169,8 @@ def break_manifest(folder):
     (folder / ckpt.MANIFEST).write_text("{")
 
 
+# Orbax's reader may be collected after its event loop has ended.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [truncate, scribble, delete_item, delete_manifest, break_manifest])
 def test_damaged_newest_is_skipped(tmp_path, caplog, damage):
     run = ckpt.Checkpoints(tmp_path / "checkpoints", keep=3)

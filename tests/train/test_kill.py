@@ -30,7 +30,7 @@ def lives(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill")
     environment = os.environ | {"PYTHONPATH": f"{HELPERS}{os.pathsep}{ROOT}"}
     command = [sys.executable, str(HELPERS / "kill_run.py"), str(folder), "2", "7", "events", "0", "1"]
-    done = subprocess.run(command, env=environment, check=True, timeout=400, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment, check=True, timeout=900, stdout=subprocess.PIPE, text=True)
     return folder, json.loads(done.stdout)
 
 
