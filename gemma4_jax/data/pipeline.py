@@ -11,6 +11,9 @@ import itertools
 import json
 import logging
 import lzma
+import multiprocessing
+import os
+import threading
 from collections.abc import Awaitable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -240,7 +243,17 @@ class BatchDataset:
             absl.flags.FLAGS.mark_as_parsed()
         alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         per_worker = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=options.prefetch)
-        return iter(batches.to_iter_dataset(alone).mp_prefetch(per_worker))
+        return iter(batches.to_iter_dataset(alone).mp_prefetch(per_worker, _end_with_parent))
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Called in each worker. One whose parent was killed would wait for ever, and hold what it inherited."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
 class BatchIterator(grain.DatasetIterator):
