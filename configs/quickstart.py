@@ -26,8 +26,8 @@ def get_config():
     config.data.update(heldout_fraction=0.02, heldout_overlap=64)
     config.loss.update(mtp_steps=3, mtp_query_stride=4)
     config.optimizer.update(learning_rate=5e-3, warmup_steps=50, final_fraction=0.02, b2=0.98)
-    config.train.update(steps=1600, eval_every=400, eval_batches=8, checkpoint_every=400)
-    config.samples.update(prompts=4, prompt_tokens=64, new_tokens=160)
+    config.train.update(steps=1500, eval_every=500, eval_batches=8, checkpoint_every=500)
+    config.samples.update(prompts=4, prompt_tokens=64, new_tokens=128)
     return config
 
 
