@@ -33,6 +33,7 @@ def run(config, workdir: Path) -> dict[str, Any]:
         raise ConfigError(f"the tokenizer has {feed.tokenizer.vocab_size} entries but the model {model.vocab_size}")
     if not config.data.tokenizer:  # one that was trained here has the control tokens, at ids of its own
         model = with_token_ids(model, feed.tokenizer)
+    trainer.compile_ahead(config.data.batch_size, config.data.seq_len)
     result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)))
     text = heldout_text(config.data)
     results = training_results(trainer, config, result, feed)

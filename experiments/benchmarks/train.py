@@ -89,6 +89,7 @@ def ours(options: dict[str, Any]):
     batch = trainer.place(
         {"tokens": tokens, "loss_mask": ones.astype(bool), "segment_ids": ones, "positions": positions}
     )
+    trainer.compile_ahead(*tokens.shape)
     state = trainer.init()
 
     def step():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -152,6 +154,19 @@ class Trainer:
         compare(given, {name: leaf for name, leaf in self.network.shapes.items() if name in given}, "the base model")
         places = {**self.shardings.params, **self.shardings.frozen}
         return self._create({name: jax.device_put(leaf, places[name]) for name, leaf in given.items()})
+
+    def compile_ahead(self, batch_size: int, seq_len: int) -> None:
+        """Compile the step for text batches (B, T) before there is a state.
+
+        The compiler's own memory, a good part of a small model's, is then not held on top of weights and moments.
+        """
+        self.train_step.lower(self.abstract, self.abstract_batch(batch_size, seq_len)).compile()
+        if sys.platform == "linux":
+            trim = getattr(
+                ctypes.CDLL(None), "malloc_trim", None
+            )  # glibc keeps what was freed; others have no such call
+            if trim is not None:
+                trim(0)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch on the mesh."""

@@ -117,6 +117,19 @@ def test_state_is_created_where_it_belongs_with_the_same_values(trainer):
         np.testing.assert_array_equal(leaf, jax.device_get(state.params[name]))
 
 
+def test_a_step_compiled_ahead_is_not_compiled_again():
+    trainer = mini.mini_trainer()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    trainer.compile_ahead(8, mini.SEQ_LEN)
+    state, batch = trainer.init(), trainer.place(mini.random_batch())
+    jax.block_until_ready((state.params, batch))
+    assert any("backend_compile" in event for event in compiled)
+    compiled.clear()
+    trainer.train_step(state, batch)
+    assert not [event for event in compiled if "backend_compile" in event]
+
+
 def test_the_state_is_donated(trainer):
     state = trainer.init()
     trainer.train_step(state, trainer.place(mini.random_batch()))
