@@ -11,6 +11,7 @@ from gemma4_jax.data import compressed_bits_per_byte, heldout_text
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.evaluate.html_report import write_report
 from gemma4_jax.train import defaults
+from gemma4_jax.train.checkpoints import list_steps
 from gemma4_jax.train.feed import Feed
 from gemma4_jax.train.loop import TrainResult, train
 from gemma4_jax.train.memory_plan import plan_devices
@@ -33,7 +34,8 @@ def run(config, workdir: Path) -> dict[str, Any]:
         raise ConfigError(f"the tokenizer has {feed.tokenizer.vocab_size} entries but the model {model.vocab_size}")
     if not config.data.tokenizer:  # one that was trained here has the control tokens, at ids of its own
         model = with_token_ids(model, feed.tokenizer)
-    trainer.compile_ahead(config.data.batch_size, config.data.seq_len)
+    if list_steps(workdir / "checkpoints")[-1:] != [config.train.steps]:  # a finished run takes no step
+        trainer.compile_ahead(config.data.batch_size, config.data.seq_len)
     result = train(trainer, feed, workdir, files=feed.files(defaults.model_json(model)))
     text = heldout_text(config.data)
     results = training_results(trainer, config, result, feed)

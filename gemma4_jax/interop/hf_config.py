@@ -85,8 +85,8 @@ def model_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
       PromptError: the tokenizer's eos is not in its table.
     """
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in LAYOUTS:
-        hint = " (this is a drafter: give it as drafter=)" if kind in tuple(DRAFTER_TYPES) else ""
+    if kind not in tuple(LAYOUTS):  # of values that cannot be looked up, too
+        hint = " (this is a drafter: give it as drafter=)" if kind in DRAFTER_TYPES else ""
         raise ConfigError(f"config.json: model_type {kind!r} is not supported{hint}; choices: {', '.join(LAYOUTS)}")
     composite = kind == "gemma4_unified"
     where = "text_config." if composite else ""
@@ -141,7 +141,7 @@ def drafter_config(values: Mapping[str, Any], target: ModelConfig) -> DrafterCon
       ConfigError: not a drafter, an unsupported setting, or a size that differs from the target's, naming both numbers.
     """
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in DRAFTER_TYPES:
+    if kind not in DRAFTER_TYPES:
         raise ConfigError(f"drafter config.json: model_type is {kind!r}; choices: {', '.join(DRAFTER_TYPES)}")
     text = _section(values, "text_config")
     layers = text.get("num_hidden_layers")

@@ -66,7 +66,7 @@ class Block(nnx.Module):
         o, aux = self.self_attn(self.input_layernorm(x), rope, attend)
         x = x + self.post_attention_layernorm(o)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return rows_apart(x * self.layer_scalar[...].astype(x.dtype)), aux
+        return x * self.layer_scalar[...].astype(x.dtype), aux
 
 
 def rows_apart(x: jax.Array) -> jax.Array:

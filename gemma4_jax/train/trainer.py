@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import sys
+import platform
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -161,12 +161,8 @@ class Trainer:
         The compiler's own memory, a good part of a small model's, is then not held on top of weights and moments.
         """
         self.train_step.lower(self.abstract, self.abstract_batch(batch_size, seq_len)).compile()
-        if sys.platform == "linux":
-            trim = getattr(
-                ctypes.CDLL(None), "malloc_trim", None
-            )  # glibc keeps what was freed; others have no such call
-            if trim is not None:
-                trim(0)
+        if platform.libc_ver()[0] == "glibc":  # which keeps what was freed
+            ctypes.CDLL(None).malloc_trim(0)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch on the mesh."""

@@ -74,10 +74,12 @@ class MiniData:
         self.rows, self.stop_at, self.seen = rows, stop_at, []
 
     def train_iterator(self):
+        return _Recorder(self.batches(), self)
+
+    def batches(self):
         pool = random_batch(self.rows, seed=5)
         rows = grain.MapDataset.range(self.rows).shuffle(seed=1).repeat()
-        batches = rows.map(lambda i: {name: value[i] for name, value in pool.items()}).batch(8)
-        return _Recorder(iter(batches.to_iter_dataset()), self)
+        return iter(rows.map(lambda i: {name: value[i] for name, value in pool.items()}).batch(8).to_iter_dataset())
 
     def heldout_batches(self, limit):
         return [random_batch(8, seed=100 + i) for i in range(limit or 2)]

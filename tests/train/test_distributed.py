@@ -48,7 +48,7 @@ def run_processes(workdir, stop, count, devices, mesh):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
     }
     command = [sys.executable, str(HELPERS / "process_run.py"), workdir, stop, count, STEPS, *mesh]
-    return subprocess.run(list(map(str, command)), env=environment, timeout=600, check=False).returncode
+    return subprocess.run(list(map(str, command)), env=environment, timeout=290, check=False).returncode
 
 
 def rows_of(workdir, count):
@@ -69,7 +69,7 @@ def processes(tmp_path_factory):
 
 def test_processes_train_like_one_device(processes, one_device):
     workdir, stopped = processes
-    assert 0 < stopped <= 12  # asked when batch 10 was fetched, some steps ahead: all stop together
+    assert 10 <= stopped <= 12  # asked with batch 10: all stop together, once all have heard of it
     found = {row["step"]: row["loss"] for row in metrics.read_metrics(workdir) if row["kind"] == "train"}
     np.testing.assert_allclose([found[step] for step in range(1, STEPS + 1)], one_device, atol=1e-5, rtol=0)
     whole = mini.MiniData()

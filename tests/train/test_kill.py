@@ -26,11 +26,11 @@ TIMES = ("tokens_per_second", "input_wait_share")
 
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory):
-    """The folder, and how each life ended: one kill without a data worker, one with one."""
+    """The folder, and how each life ended: two kills without a data worker, two with one."""
     folder = tmp_path_factory.mktemp("kill")
     environment = os.environ | {"PYTHONPATH": f"{HELPERS}{os.pathsep}{ROOT}"}
-    command = [sys.executable, str(HELPERS / "kill_run.py"), str(folder), "1", "7", "events", "0", "1"]
-    done = subprocess.run(command, env=environment, check=True, timeout=900, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(HELPERS / "kill_run.py"), str(folder), "2", "7", "events", "0", "1"]
+    done = subprocess.run(command, env=environment, check=True, timeout=400, stdout=subprocess.PIPE, text=True)
     return folder, json.loads(done.stdout)
 
 
@@ -58,7 +58,7 @@ def test_killed_runs_end_like_the_whole_one(lives):
     killed = {end["run"] for end in ends} - {"whole"}
     for workers in (0, 1):
         codes = [end["code"] for end in ends if end["run"].startswith(f"killed-{workers}-")]
-        assert codes.count(-signal.SIGKILL) == 1 and codes[-1] == 0
+        assert codes.count(-signal.SIGKILL) == 2 and codes[-1] == 0
     for name in sorted(killed):
         assert_same_run(folder / name, folder / "whole")
 

@@ -163,7 +163,8 @@ def test_dpo_raises_margins(kind):
     """From log 2 on; the reference stays where training began and holds no more than what trains."""
     alone = {"drafter": None, "lora": {"rank": 8} if kind == "lora" else None}
     trainer = mini.mini_trainer(
-        model=mini.mini_config(**alone), loss=DPO, optimizer=dataclasses.replace(FLAT, learning_rate=1e-2),
+        model=mini.mini_config(**alone), loss=DPO,
+        optimizer=dataclasses.replace(FLAT, learning_rate=1e-2 if kind == "lora" else 3e-2),
         trainable=TRAINABLE if kind == "lora" else ("*",), accumulation=1 if kind == "lora" else 2,
     )  # fmt: skip
     start = trainer.init()
@@ -177,7 +178,8 @@ def test_dpo_raises_margins(kind):
     assert history[0]["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert history[0]["reward_margin"] == pytest.approx(0.0, abs=1e-6)
     end = {name: np.mean([row[name] for row in history[-4:]]) for name in history[0]}
-    assert end["reward_margin"] > 0.2 and end["reward_accuracy"] > 0.7
+    # With the table frozen, one direction of 16 has to tell the two halves of the vocabulary apart.
+    assert end["reward_margin"] > 0.2 and end["reward_accuracy"] > (0.7 if kind == "lora" else 0.9)
     assert end["loss"] < 0.6
     for name, leaf in jax.device_get(reference_weights(start.frozen)).items():
         np.testing.assert_array_equal(leaf, first[name])
