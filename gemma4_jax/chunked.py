@@ -71,8 +71,13 @@ def _uncut_positions(x: jax.Array, length: int) -> jax.Array:
 
 def _logits(h: jax.Array, chunk: _Table, vocab: int, cap: float | None) -> jax.Array:
     """Capped f32 logits (B, t, S, c) of one chunk; entries beyond the vocabulary are absent (after the cap, so they stay)."""
-    raw = jnp.einsum("BtD,ScD->BtSc", h, chunk.rows.astype(h.dtype), preferred_element_type=jnp.float32)
-    return jnp.where(chunk.ids < vocab, soft_cap(raw, cap), ABSENT)
+    raw = jnp.einsum("BtD,vD->Btv", h, _flat_rows(chunk, h.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(chunk.ids < vocab, soft_cap(raw.reshape(*h.shape[:-1], *chunk.ids.shape), cap), ABSENT)
+
+
+def _flat_rows(chunk: _Table, dtype) -> jax.Array:
+    """(S·c, D). With the shards as an axis of the products XLA:CPU copies the table, transposed, for each of them."""
+    return chunk.rows.reshape(-1, chunk.rows.shape[-1]).astype(dtype)
 
 
 def _normalizer(h: jax.Array, table: _Table, vocab: int, cap: float | None) -> jax.Array:
@@ -284,11 +289,11 @@ def _piece_loss(piece, cut, table, teacher_cut, vocab, cap, teacher_cap, d_rows)
             d_logits = d_logits * (1.0 - jnp.square(logits / cap))
             d_logits = jnp.where(chunk.ids < vocab, d_logits, 0.0)
         # Both products below read it; see layers.matmul.
-        d_logits = jax.lax.optimization_barrier(d_logits.astype(h.dtype))
-        d_h = d_h + jnp.einsum(
-            "BtSc,ScD->BtD", d_logits, chunk.rows.astype(h.dtype), preferred_element_type=jnp.float32
-        )
-        return (value, d_h), jnp.einsum("BtSc,BtD->ScD", d_logits, h, preferred_element_type=jnp.float32)
+        d_logits = jax.lax.optimization_barrier(d_logits.astype(h.dtype).reshape(-1, chunk.ids.size))
+        rows = h.reshape(-1, h.shape[-1])
+        back = jnp.einsum("mv,vD->mD", d_logits, _flat_rows(chunk, h.dtype), preferred_element_type=jnp.float32)
+        d_chunk = jnp.einsum("mv,mD->vD", d_logits, rows, preferred_element_type=jnp.float32)
+        return (value, d_h + back.reshape(h.shape)), d_chunk.reshape(chunk.rows.shape)
 
     start = value, jnp.zeros(h.shape, jnp.float32)
     if cut.rows.shape[0] == 1:  # outside of a loop, so that the compiler shares the logits with the normaliser

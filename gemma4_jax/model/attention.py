@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.model.layers import KEPT, Linear, RMSNorm, rms_normalize
+from gemma4_jax.model.layers import Linear, RMSNorm, rms_normalize
 from gemma4_jax.model.rope import apply_rope
 
 MASKED = -1e30  # finite: a row with no allowed key gives a uniform softmax, not NaN
@@ -85,7 +84,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
         """x (B, T, D) -> (B, T, D), aux. ``attend(self, q, k, v) -> (o (B, T, N, H), aux)``."""
         o, aux = attend(self, *self.qkv(x, rope))
-        return self.o_proj(checkpoint_name(o, KEPT).reshape(*x.shape[:-1], -1)), aux
+        return self.o_proj(o.reshape(*x.shape[:-1], -1)), aux
 
 
 class QueryAttention(nnx.Module):

@@ -301,16 +301,32 @@ def init(optimizer: optax.GradientTransformation, params: Mapping[str, jax.Array
     return optimizer.init(_float32(params))
 
 
-def update(optimizer: optax.GradientTransformation, grads, state, params: Mapping[str, jax.Array]):
+def update(optimizer: optax.GradientTransformation, grads, state, params: Mapping[str, jax.Array], loss: jax.Array):
     """One update in f32, stored in the parameters' dtypes.
+
+    Args:
+      loss: f32 (), computed from ``params``: read before they are written.
 
     Returns:
       params, state, and the update's norm over that of the parameters, f32 ().
     """
     master = _float32(params)
     updates, state = optimizer.update(_float32(grads), state, master)
-    ratio = optax.tree.norm(updates) / jnp.maximum(optax.tree.norm(master), 1e-30)
-    return {name: (master[name] + updates[name]).astype(params[name].dtype) for name in params}, state, ratio
+    squares = {name: (jnp.sum(jnp.square(updates[name])), jnp.sum(jnp.square(master[name]))) for name in params}
+
+    def add(name):
+        # What is written over the old weights has to depend on all that is read from them: else the compiler keeps a copy
+        # of every weight through the whole step.
+        read = _known(loss) & _known(squares[name][0]) & _known(squares[name][1])
+        return jnp.where(read, master[name] + updates[name], 0.0).astype(params[name].dtype)
+
+    changes, sizes = (jnp.sqrt(sum(terms, jnp.float32(0))) for terms in zip(*squares.values(), strict=True))
+    return {name: add(name) for name in params}, state, changes / jnp.maximum(sizes, 1e-30)
+
+
+def _known(x: jax.Array) -> jax.Array:
+    """True for every number, NaN too; the compiler does not see that."""
+    return (x < 0) | (x >= 0) | jnp.isnan(x)
 
 
 def average(average: Mapping[str, jax.Array], params: Mapping[str, jax.Array], decay: float, step: jax.Array):

@@ -143,7 +143,7 @@ def make_train_step(
             grads, metrics = gradients(
                 network, loss, state.params, state.frozen, batch, accumulation=accumulation, mesh=mesh
             )
-        params, opt_state, ratio = optimizers.update(optimizer, grads, state.opt_state, state.params)
+        params, opt_state, ratio = optimizers.update(optimizer, grads, state.opt_state, state.params, metrics["loss"])
         average = optimizers.average(state.average, params, ema_decay, state.step) if ema_decay else state.average
         metrics |= {
             "update_ratio": ratio,

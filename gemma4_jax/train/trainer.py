@@ -153,7 +153,10 @@ class Trainer:
         given = dict(given or {})
         compare(given, {name: leaf for name, leaf in self.network.shapes.items() if name in given}, "the base model")
         places = {**self.shardings.params, **self.shardings.frozen}
-        return self._create({name: jax.device_put(leaf, places[name]) for name, leaf in given.items()})
+        state = self._create({name: jax.device_put(leaf, places[name]) for name, leaf in given.items()})
+        jax.block_until_ready(state)
+        _give_back_freed_memory()
+        return state
 
     def compile_ahead(self, batch_size: int, seq_len: int) -> None:
         """Compile the step for text batches (B, T) before there is a state.
@@ -161,8 +164,7 @@ class Trainer:
         The compiler's own memory, a good part of a small model's, is then not held on top of weights and moments.
         """
         self.train_step.lower(self.abstract, self.abstract_batch(batch_size, seq_len)).compile()
-        if platform.libc_ver()[0] == "glibc":  # which keeps what was freed
-            ctypes.CDLL(None).malloc_trim(0)
+        _give_back_freed_memory()
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch on the mesh."""
@@ -173,3 +175,8 @@ class Trainer:
         place = sharding.batch_sharding(self.mesh)
         kinds = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32, "positions": jnp.int32}
         return {name: jax.ShapeDtypeStruct((batch_size, seq_len), k, sharding=place) for name, k in kinds.items()}
+
+
+def _give_back_freed_memory() -> None:
+    if platform.libc_ver()[0] == "glibc":  # which keeps what was freed
+        ctypes.CDLL(None).malloc_trim(0)
