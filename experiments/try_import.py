@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import gemma4_jax as g4
+from experiments.benchmarks.workers import peak_bytes
 from gemma4_jax.bundle import bundle_weights
 from gemma4_jax.interop.hf_export import DRAFTER_FOLDER
 
@@ -42,7 +41,7 @@ def run(
     report: dict[str, Any] = {
         "import_seconds": time.perf_counter() - start,
         "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(bundle_weights(bundle))),
-        "peak_bytes_after_import": _peak_bytes(),
+        "peak_bytes_after_import": peak_bytes(),
     }
     prompt = np.random.default_rng(0).integers(5, min(bundle.config.vocab_size, 250_000), prompt_tokens).tolist()
     sampler = g4.Sampler(bundle, max_length=prompt_tokens + new_tokens, draft_tokens=draft_tokens, release=True)
@@ -59,12 +58,7 @@ def run(
         }
         logging.info("%s: %s", name, report)
     return {**report, "tokens": tokens["plain"], "equal": tokens["plain"] == tokens["drafter"],
-            "peak_bytes": _peak_bytes()}  # fmt: skip
-
-
-def _peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            "peak_bytes": peak_bytes()}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,7 +1,6 @@
 """Training steps of this project and of transformers + torch AdamW, on the same shape, in turns.
 
-Both sides: f32, AdamW, clipping by global norm, next-token loss, the same rows. Of a turn's steps the last one counts: training
-goes on without a pause, and the first step after one has to get back the memory that the machine took meanwhile. The share
+Both sides: f32, AdamW, clipping by global norm, next-token loss, the same rows. Of a turn's steps the last one counts. The share
 of the matrix peak counts six operations a weight and token (embedding lookups do none) beside a plain matrix product
 measured in the same turns.
 """
@@ -12,13 +11,12 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from experiments.benchmarks.peers import transformers_model
-from experiments.benchmarks.workers import Measurement, Worker, alternate, serve
+from experiments.benchmarks.workers import Worker, alternate, last_of, serve
 from gemma4_jax.config import ModelConfig, get_preset
 
 MODULE = "experiments.benchmarks.train"
@@ -104,7 +102,7 @@ def ours(options: dict[str, Any]):
         return {"seconds": time.perf_counter() - start}
 
     step()
-    return lambda: _last_of(step)
+    return last_of(step, STEPS_PER_TURN)
 
 
 def transformers(options: dict[str, Any]):
@@ -131,11 +129,7 @@ def transformers(options: dict[str, Any]):
         return {"seconds": time.perf_counter() - start}
 
     step()
-    return lambda: _last_of(step)
-
-
-def _last_of(step: Callable[[], Measurement]) -> Measurement:
-    return [step() for _ in range(STEPS_PER_TURN)][-1]
+    return last_of(step, STEPS_PER_TURN)
 
 
 def matrix(options: dict[str, Any]):
