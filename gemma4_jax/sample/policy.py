@@ -55,8 +55,8 @@ class DraftPolicy:
     def __init__(self, draft_tokens: int | str):
         self.fixed = None if draft_tokens == "auto" else int(draft_tokens)
         self.records: dict[int, _Record] = {}
-        self.tried = [0.0] * max(CANDIDATES)  # how often step j was reached
-        self.passed = [0.0] * max(CANDIDATES)
+        self.tried = [0.0] * self.longest  # how often step j was reached
+        self.passed = [0.0] * self.longest
         self.steady_seconds = 0.0  # since the last trial
         self.retries = 0
 

@@ -207,6 +207,14 @@ def test_sampling_is_what_plain_sampling_gives(case):
     assert fast.stats.drafted == 3 * fast.stats.rounds
 
 
+@pytest.mark.parametrize("steps", [1, 11])  # 11: longer than any that "auto" tries, and than the window
+def test_any_draft_length(case, steps):
+    bundle, prompts, wanted = case
+    out = Sampler(bundle, max_length=64, draft_tokens=steps).generate(prompts, max_new_tokens=NEW, stop_ids=[])
+    assert out.tokens == wanted
+    assert out.stats.drafted == steps * out.stats.rounds
+
+
 def test_layout_has_what_the_drafter_reads(case):
     """The compact form gives back keys and values: v, and k_norm * v with its turned dimensions replaced."""
     bundle, _, _ = case
