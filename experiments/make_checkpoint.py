@@ -27,7 +27,11 @@ _POOL = 1 << 24  # random numbers that tensors are cut from
 
 @dataclasses.dataclass(frozen=True)
 class RandomLeaf:
-    """A leaf that is drawn when it is read, slice by slice. Matrices have variance 1/inputs, other leaves lie around 1."""
+    """A leaf that is drawn when it is read, slice by slice. Matrices have variance 1/inputs, other leaves lie around 1.
+
+    But query and key norms around H**-0.25, as where training starts: with them around 1 attention picks single keys, and 48
+    layers of that blow a change of 1e-6 in the table up to five times the logits, so no two ways of computing them agree.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +52,8 @@ class RandomLeaf:
         key = [self.seed, *map(ord, self.name), *place]
         rng = np.random.default_rng(key)
         if len(shape) < 2:
-            return rng.uniform(0.5, 1.0, shape).astype(self.dtype)
+            around = shape[-1] ** -0.25 if self.name.endswith(("q_norm/weight", "k_norm/weight")) else 1.0
+            return (around * rng.uniform(0.5, 1.0, shape)).astype(self.dtype)
         # A fresh offset and sign for every run of the pool: repeated numbers, but no repeated rows.
         scale = self.dtype.type(shape[-1] ** -0.5)
         flat = np.empty(int(np.prod(shape)), self.dtype)
