@@ -114,21 +114,23 @@ class _Run:
             raise unknown_name("train.keep_best", best, names)
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.options.keep, best)
         self.iterator = data.train_iterator()
-        self.state, self.step, self.totals = self._start(given)
+        self.state, self.step, self.totals, self.evaluation = self._start(given)
         self.saved_step = self.step
         self.voted, self.waited = False, 0.0
-        self.evaluation: dict[str, float] = {}
-        self.evaluated_step = -1
+        self.evaluated_step = self.step if self.evaluation else -1
         self.window: list[dict[str, float]] = []
 
-    def _start(self, given) -> tuple[TrainState, int, Totals]:
+    def _start(self, given) -> tuple[TrainState, int, Totals, dict[str, float]]:
+        """State, step, totals, and of a finished run its evaluation."""
         self.checkpoints.clean()
         restored = self.checkpoints.restore_newest({**to_items(self.trainer.abstract), "data": self.iterator})
         if restored is None:
-            return self.trainer.init(given), 0, Totals()
+            return self.trainer.init(given), 0, Totals(), {}
         items, metadata = restored
         log.info("going on from step %d", metadata["step"])
-        return from_items(items, self.trainer.abstract), metadata["step"], Totals(**metadata["totals"])
+        step = metadata["step"]
+        evaluation = metadata.get("evaluation", {}) if step == self.options.steps else {}
+        return from_items(items, self.trainer.abstract), step, Totals(**metadata["totals"]), evaluation
 
     def to_the_end(self) -> TrainResult:
         total = self.options.steps
@@ -159,7 +161,7 @@ class _Run:
                 self._save()
                 self.checkpoints.wait()
                 raise Interrupted(self.stop.signal or signal.SIGTERM)
-            if not self.evaluation:  # a finished run started again
+            if self.evaluated_step != total:  # as long a run was once stopped at its last step
                 self.evaluation = self._evaluate()
             self.checkpoints.wait()
         if distributed.is_main():

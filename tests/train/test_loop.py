@@ -118,11 +118,13 @@ def test_bits_per_byte_is_the_loss_over_all_held_out_rows(short, uninterrupted):
     assert result.evaluation["bits_per_byte"] == pytest.approx(float(sum(nats)) / np.log(2) / size, rel=1e-6)
 
 
-def test_a_finished_run_started_again_only_evaluates(short, uninterrupted):
+def test_a_finished_run_started_again_adds_nothing(short, uninterrupted):
     workdir, _, result = uninterrupted
     data = mini.MiniData()
+    before = (workdir / "metrics.jsonl").read_bytes()
     again = loop.train(short, data, workdir, files={})
     assert data.seen == [] and again.evaluation == result.evaluation
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 def poisoned(step, at, seen):
