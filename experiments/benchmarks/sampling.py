@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks.peers import transformers_model
-from experiments.benchmarks.workers import Worker, alternate, last_of, serve
+from experiments.benchmarks.workers import Worker, alternate, serve
 from gemma4_jax.config import ModelConfig, get_preset
 
 MODULE = "experiments.benchmarks.sampling"
 BYTES = {"float32": 4, "bfloat16": 2}
 SCHEMES = {"q8_0": "int8", "q4_0": "int4"}  # our packed weights, by the name of llama.cpp's
 EARLY, LATE, ROWS = 100, 4000, 8
-MEASURED_PER_TURN = 2
 
 
 def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -104,8 +103,7 @@ def model_config(options: dict[str, Any], dtype: str = "float32") -> ModelConfig
 def _prepare(options: dict[str, Any]):
     makers = {"machine": _machine, "transformers": _transformers, "llama_cpp": _llama_cpp}
     ours = {"decode": _ours_decode, "prefill": _ours_prefill, "speculative": _ours_speculative}
-    measure = (ours[options["mode"]] if options["side"] == "ours" else makers[options["side"]])(options)
-    return last_of(measure, MEASURED_PER_TURN)
+    return (ours[options["mode"]] if options["side"] == "ours" else makers[options["side"]])(options)
 
 
 def _machine(options):

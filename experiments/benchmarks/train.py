@@ -1,8 +1,7 @@
 """Training steps of this project and of transformers + torch AdamW, on the same shape, in turns.
 
-Both sides: f32, AdamW, clipping by global norm, next-token loss, the same rows. Of a turn's steps the last one counts. The share
-of the matrix peak counts six operations a weight and token (embedding lookups do none) beside a plain matrix product
-measured in the same turns.
+Both sides: f32, AdamW, clipping by global norm, next-token loss, the same rows. The share of the matrix peak counts
+six operations a weight and token (embedding lookups do none) beside a plain matrix product measured in the same turns.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks.peers import transformers_model
-from experiments.benchmarks.workers import Worker, alternate, last_of, serve
+from experiments.benchmarks.workers import Worker, alternate, serve
 from gemma4_jax.config import ModelConfig, get_preset
 
 MODULE = "experiments.benchmarks.train"
 SIDES = ("ours", "transformers", "matrix")
-STEPS_PER_TURN = 2
 
 
 def measure(options: dict[str, Any], threads: int) -> dict[str, float]:
@@ -102,7 +100,7 @@ def ours(options: dict[str, Any]):
         return {"seconds": time.perf_counter() - start}
 
     step()
-    return last_of(step, STEPS_PER_TURN)
+    return step
 
 
 def transformers(options: dict[str, Any]):
@@ -129,7 +127,7 @@ def transformers(options: dict[str, Any]):
         return {"seconds": time.perf_counter() - start}
 
     step()
-    return last_of(step, STEPS_PER_TURN)
+    return step
 
 
 def matrix(options: dict[str, Any]):

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 Measurement = dict[str, float]
+# Of which the last counts: the first has to get back the memory that the machine took in the pause.
+MEASURED_PER_TURN = 2
 SETTLE_SECONDS = 0.3  # before a turn, until the threads of the one before have gone to sleep
 
 
@@ -77,19 +79,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def last_of(measure: Callable[[], Measurement], times: int) -> Callable[[], Measurement]:
-    """``measure`` some times, of which the last counts: the first after a pause has to get back the memory that the machine
-    took meanwhile, which work that goes on without a pause does not."""
-    return lambda: [measure() for _ in range(times)][-1]
-
-
 def serve(prepare: Callable[[], Callable[[], Measurement]]) -> None:
     """The worker's side: prepare, then answer each line of stdin with a measurement. Libraries' chatter goes to stderr."""
     answers, sys.stdout = sys.stdout, sys.stderr
     measure = prepare()
     print(json.dumps({"ready": 1.0}), file=answers, flush=True)
     for _ in sys.stdin:
-        result = measure()
+        result = [measure() for _ in range(MEASURED_PER_TURN)][-1]
         result["peak_bytes"] = peak_bytes()
         print(json.dumps(result), file=answers, flush=True)
 
