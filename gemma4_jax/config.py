@@ -18,7 +18,7 @@ FULL = "full_attention"
 LAYER_KINDS = (SLIDING, FULL)
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("int8", "int4")  # of quantised weights, see gemma4_jax.packed
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_POLICIES = ("none", "dots", "mlp", "full")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,36 +15,75 @@ from flax import nnx
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.layers import Linear, RMSNorm, rms_normalize
+from gemma4_jax.model.masks import Band
 from gemma4_jax.model.rope import apply_rope
 
 MASKED = -1e30  # finite: a row with no allowed key gives a uniform softmax, not NaN
+
+QUERY_BLOCK = 128  # query rows at least that share one run of keys
+MOST_BLOCKS = 16
 
 Rope = tuple[jax.Array, jax.Array]
 Attend = Callable[..., tuple[jax.Array, Any]]
 
 
-def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+def query_blocks(length: int, band: Band) -> list[tuple[slice, slice]]:
+    """Runs of query rows, and the keys that any of a run may see: slices of 0…length.
+
+    One run where the band is open on both sides or the rows are few. Runs are at most ``MOST_BLOCKS``: each is code of its
+    own.
+    """
+    size = max(QUERY_BLOCK, -(-length // MOST_BLOCKS // QUERY_BLOCK) * QUERY_BLOCK)
+    if band == Band():
+        size = length
+    blocks = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        first = 0 if band.back is None else max(0, start - band.back)
+        last = length if band.ahead is None else min(length, end + band.ahead)
+        blocks.append((slice(start, end), slice(first, last)))
+    return blocks
+
+
+def masked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, band: Band | None = None
+) -> jax.Array:
     """Plain attention with an f32 softmax.
 
     Args:
       q: (B, T, N, H); k, v: (B, S, K, H); mask: bool (B or 1, T, S).
+      band: of the mask, where queries and keys are the same rows (T = S): products and memory shrink to it. None: none.
 
     Returns:
       (B, T, N, H) in q's dtype. Rows without an allowed key are finite and meaningless.
     """
     b, t, n, h = q.shape
-    s, kv_heads = k.shape[1:3]
+    kv_heads = k.shape[2]
     # Head-major throughout, the G query heads of one key head stacked along T: every product is then a plain batched
     # matrix product, and the T x S scores are never transposed.
-    q = q.transpose(0, 2, 1, 3).reshape(b, kv_heads, n // kv_heads * t, h)
+    q = q.transpose(0, 2, 1, 3).reshape(b, kv_heads, n // kv_heads, t, h)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKXH,BKSH->BKXS", q, k, preferred_element_type=jnp.float32)
+    if band is None:
+        out = _attend_head_major(q, k, v, mask, scale)
+    else:
+        parts = [
+            _attend_head_major(q[:, :, :, rows], k[:, :, keys], v[:, :, keys], mask[:, rows, keys], scale)
+            for rows, keys in query_blocks(t, band)
+        ]
+        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
+    return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)
+
+
+def _attend_head_major(q, k, v, mask, scale: float) -> jax.Array:
+    """q (B, K, G, T, H), k and v (B, K, S, H) -> (B, K, G, T, H)."""
+    b, kv_heads, group, t, h = q.shape
+    scores = jnp.einsum("BKXH,BKSH->BKXS", q.reshape(b, kv_heads, -1, h), k, preferred_element_type=jnp.float32)
     if scale != 1.0:
         scores = scores * scale
-    scores = jnp.where(mask[:, None, None], scores.reshape(b, kv_heads, -1, t, s), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv_heads, -1, s)
+    scores = jnp.where(mask[:, None, None], scores.reshape(b, kv_heads, group, t, -1), MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv_heads, group * t, -1)
     out = jnp.einsum("BKXS,BKSH->BKXH", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(b, n, t, h).transpose(0, 2, 1, 3).astype(q.dtype)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 class Attention(nnx.Module):

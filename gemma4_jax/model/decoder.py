@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.attention import Attend, Attention, Rope, masked_attention
 from gemma4_jax.model.audio import AudioEmbedder
-from gemma4_jax.model.layers import KEPT, Embedder, FeedForward, LayerScalar, RMSNorm
-from gemma4_jax.model.masks import make_masks
+from gemma4_jax.model.layers import FEED_FORWARD, PRODUCT, Embedder, FeedForward, LayerScalar, RMSNorm
+from gemma4_jax.model.masks import attention_band, make_masks
 from gemma4_jax.model.rope import rope_table
 from gemma4_jax.model.vision import VisionEmbedder, place_media
 
@@ -109,11 +109,11 @@ class _Run(NamedTuple):
     state: Any
     count: int
 
-    def __call__(self, config: ModelConfig, g: jax.Array, carry, rope: Rope, mask: jax.Array):
-        """The layers of group ``g`` one by one, each attending to all that ``mask`` allows; carry: x and the last (k, v)."""
+    def __call__(self, config: ModelConfig, g: jax.Array, carry, rope: Rope, attend: Attend):
+        """The layers of group ``g`` one by one, whose ``attend`` gives (k, v) beside its output; carry: x and the last (k, v)."""
 
         def step(state, x, i):
-            return _block_step(_block_at(self.graph, state, g, i), x, rope, mask)
+            return _block_at(self.graph, state, g, i)(x, rope, attend)
 
         def layer(carry, i):
             return _remat(config, step)(self.state, carry[0], i), None
@@ -150,11 +150,21 @@ def _stack(count: int, make, rngs: nnx.Rngs):
     return stack(rngs)
 
 
-def _attend_with(mask: jax.Array, config: ModelConfig) -> Attend:
-    def attend(_, q, k, v):
-        return masked_attention(q, k, v, mask, config.attention_scale), (k, v)
+def _attends(
+    config: ModelConfig, length: int, segment_ids: jax.Array | None, token_types: jax.Array | None
+) -> dict[str, Attend]:
+    """For each layer kind: attention to all that its mask allows (``make_masks``), with (k, v) beside its output."""
+    masks = make_masks(config, length, segment_ids, token_types)
 
-    return attend
+    def attend_with(kind: str) -> Attend:
+        band = attention_band(config, kind, token_types is not None)
+
+        def attend(_, q, k, v):
+            return masked_attention(q, k, v, masks[kind], config.attention_scale, band), (k, v)
+
+        return attend
+
+    return {kind: attend_with(kind) for kind in masks}
 
 
 def layer_pattern(layer_types: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
@@ -249,13 +259,13 @@ class Gemma4(nnx.Module):
         x = self.embed(tokens, media)
         kinds = tuple(dict.fromkeys(config.layer_types))
         ropes = {kind: rope_table(config, kind, positions) for kind in kinds}
-        masks = make_masks(config, length, segment_ids, token_types)
-        x, kv = self._run_groups(x, ropes, masks)
+        attends = _attends(config, length, segment_ids, token_types)
+        x, kv = self._run_groups(x, ropes, attends)
         for block in self.tail:
             kind, (graph, state) = block.kind, nnx.split(block)
 
             def step(state, x, graph=graph, kind=kind):
-                return _block_step(nnx.merge(graph, state), x, ropes[kind], masks[kind])
+                return nnx.merge(graph, state)(x, ropes[kind], attends[kind])
 
             x, kv[kind] = _remat(config, step)(state, x)
         return DecoderOutput(self.final_norm(x), kv)
@@ -264,7 +274,7 @@ class Gemma4(nnx.Module):
         """Soft-capped f32 logits: hidden (..., D) -> (..., V)."""
         return self.embedder.decode(hidden, self.config.final_logit_softcapping)
 
-    def _run_groups(self, x, ropes, masks):
+    def _run_groups(self, x, ropes, attends):
         config = self.config
         empty = {kind: _empty_kv(config, kind, x) for kind in dict.fromkeys(config.layer_types)}
 
@@ -277,7 +287,7 @@ class Gemma4(nnx.Module):
         def group(carry, g):
             x, kv = carry[0], dict(carry[1])
             for run in runs:
-                x, kv[run.kind] = run(config, g, (x, kv[run.kind]), ropes[run.kind], masks[run.kind])
+                x, kv[run.kind] = run(config, g, (x, kv[run.kind]), ropes[run.kind], attends[run.kind])
             return (x, kv), None
 
         return jax.lax.scan(group, (x, empty), jnp.arange(repeats, dtype=jnp.int32))[0]
@@ -288,19 +298,17 @@ def _empty_kv(config: ModelConfig, kind: str, x: jax.Array) -> KeysValues:
     return jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)
 
 
-def _block_step(block, x, rope, mask):
-    return block(x, rope, _attend_with(mask, block.self_attn.config))
-
-
 def _remat(config: ModelConfig, function):
-    """Recompute each layer in the backward pass: nothing ("none"), all but linear maps ("dots"), or all ("full").
+    """Recompute each layer in the backward pass: nothing ("none"), all but linear maps ("dots"), all but the feed-forward's
+    ("mlp": three quarters of the work, two thirds of the memory), or all ("full").
 
     Layer by layer, not group by group: the recomputed values of one layer are alive at a time. A layer's weights are cut out
     of their stack again in any case.
     """
     policies = {
         "none": jax.checkpoint_policies.save_anything_except_these_names(CUT),
-        "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, FEED_FORWARD),
+        "mlp": jax.checkpoint_policies.save_only_these_names(FEED_FORWARD),
         "full": None,
     }
     return jax.checkpoint(function, policy=policies[config.remat])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-KEPT = "kept"  # what ``remat="dots"`` keeps
+PRODUCT, FEED_FORWARD = "product", "feed_forward_product"  # names of what ``remat`` may keep (``decoder``)
 
 
 class LayerScalar(nnx.Variable):
@@ -47,8 +47,11 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 class Linear(nnx.Module):
     """A linear map without bias unless asked. weight (out, in), bias (out,).
 
-    ``lora`` is None or an adapter (``gemma4_jax.model.lora``), whose share is added to the product.
+    ``lora`` is None or an adapter (``gemma4_jax.model.lora``), whose share is added to the product. ``kept_as``: what ``remat``
+    knows the product by.
     """
+
+    kept_as = PRODUCT
 
     lora: nnx.Module | None = None  # of the class: an attribute that was None once cannot hold a module later
 
@@ -59,7 +62,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
-        y = checkpoint_name(self.product(x), KEPT)
+        y = checkpoint_name(self.product(x), self.kept_as)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def product(self, x: jax.Array, columns: slice | None = None) -> jax.Array:
@@ -115,6 +118,8 @@ class FeedForward(nnx.Module):
         self.gate_proj = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(hidden, width, dtype=dtype, rngs=rngs)
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            linear.kept_as = FEED_FORWARD
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D)."""

@@ -7,12 +7,29 @@ global layers are causal; sliding layers allow ``(key <= query OR same image run
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from gemma4_jax.config import FULL, SLIDING, ModelConfig
 
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3  # token types
+
+
+class Band(NamedTuple):
+    """Which keys a mask may allow at all, known while tracing: ``t - back … t + ahead`` for the query at row index t; None:
+    no bound. What lies outside is neither multiplied nor stored (``attention.masked_attention``)."""
+
+    back: int | None = None
+    ahead: int | None = None
+
+
+def attention_band(config: ModelConfig, kind: str, has_media: bool) -> Band:
+    """The band of a layer kind's mask; image runs look ahead by a length that is not known while tracing."""
+    if kind == FULL:
+        return Band(None, 0)
+    return Band(config.sliding_window - 1, None if has_media else 0)
 
 
 def image_runs(token_types: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:

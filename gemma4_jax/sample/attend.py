@@ -7,14 +7,16 @@ Each returns (output, new LayerCache); one object serves one pass over all layer
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gemma4_jax.config import FULL, SLIDING, ModelConfig
 from gemma4_jax.model import cache as kv
+from gemma4_jax.model.attention import query_blocks
 from gemma4_jax.model.cache import LayerCache
-from gemma4_jax.model.masks import attention_mask
+from gemma4_jax.model.masks import attention_band, attention_mask
 
 OUTSIDE = -1  # image run of a token outside of runs
 
@@ -76,20 +78,41 @@ class PrefillAttend:
 
     def _local(self, layout, cache: LayerCache, rows, k, v):
         """Over the ring as it was before the chunk, and the chunk: early queries need keys that it overwrites."""
-        length, dtype = k.shape[1], k.dtype
-        old_keys, old_values = _read_both(layout, cache, dtype)
+        config, length = self.config, k.shape[1]
         old = kv.ring_positions(self.starts, cache.keys.data.shape[2])
+        ring = _LocalKeys(*_read_both(layout, cache, k.dtype), old, old >= 0, jnp.full_like(old, OUTSIDE))
         offsets = jnp.arange(length, dtype=jnp.int32)[None]
-        queries = self.starts[:, None] + offsets
-        positions = jnp.concatenate([old, queries], axis=1)
-        exists = jnp.concatenate([old >= 0, offsets < self.counts[:, None]], axis=1)
-        key_runs = None
-        if self.runs is not None:
-            key_runs = jnp.concatenate([jnp.full_like(old, OUTSIDE), self.runs], axis=1)
-        mask = attention_mask(SLIDING, self.config.sliding_window, queries, positions, self.runs, key_runs)
-        keys = jnp.concatenate([old_keys, k.swapaxes(1, 2)], axis=2)
-        values = jnp.concatenate([old_values, v.swapaxes(1, 2)], axis=2)
-        return kv.attend_whole(layout, rows, keys, values, mask & exists[:, None])
+        positions = self.starts[:, None] + offsets
+        runs = jnp.full_like(positions, OUTSIDE) if self.runs is None else self.runs
+        chunk = _LocalKeys(k.swapaxes(1, 2), v.swapaxes(1, 2), positions, offsets < self.counts[:, None], runs)
+        group, out = rows.shape[2] // length, []
+        for queries, keys in query_blocks(length, attention_band(config, SLIDING, self.runs is not None)):
+            read = chunk.cut(keys)
+            if queries.start < config.sliding_window:  # later queries see nothing that far back
+                read = ring.before(read)
+            mask = attention_mask(
+                SLIDING, config.sliding_window, positions[:, queries], read.positions, runs[:, queries], read.runs
+            )
+            some = rows[:, :, queries.start * group : queries.stop * group]
+            out.append(kv.attend_whole(layout, some, read.keys, read.values, mask & read.exists[:, None]))
+        return jnp.concatenate(out, axis=2)
+
+
+class _LocalKeys(NamedTuple):
+    """What local queries may see. keys, values: (B, K, S, H); positions, runs: int32 (B, S); exists: bool (B, S)."""
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    exists: jax.Array
+    runs: jax.Array
+
+    def cut(self, part: slice) -> _LocalKeys:
+        return _LocalKeys(self.keys[:, :, part], self.values[:, :, part], *(x[:, part] for x in self[2:]))
+
+    def before(self, other: _LocalKeys) -> _LocalKeys:
+        axes = (2, 2, 1, 1, 1)
+        return _LocalKeys(*(jnp.concatenate(p, axis=a) for *p, a in zip(self, other, axes, strict=True)))
 
 
 def _write(layout, cache: LayerCache, k, v, put) -> LayerCache:

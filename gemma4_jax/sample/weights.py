@@ -25,24 +25,34 @@ from gemma4_jax.model.layers import Embedder, FeedForward, Linear, embedding_sca
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
 from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed
 
+SMALL = 1 << 19  # numbers of a matrix that stays in a core's cache
 
-def read_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``x @ weight.T`` in f32 for few rows: x (..., I), weight (O, I) -> f32 (..., O).
 
-    One row of bf16 is padded to two, and the input is kept out of the product's loop by a barrier: XLA:CPU has a fast
-    form for two rows of bf16 only (13 times that for one), and recomputes a fused input for every output.
+def read_matmul(x: jax.Array, weight: jax.Array, turned: bool = False) -> jax.Array:
+    """``x @ weight.T`` in f32 for few rows: x (..., I), weight (O, I) -> f32 (..., O). turned: weight is (I, O).
+
+    The input is kept out of the product's loop by a barrier, else XLA:CPU recomputes what is fused into it for every output.
+    One row of bf16 with a large matrix is padded to two: there is a fast form for two rows only (7 to 13 times that for one).
     """
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    if count == 1 and weight.dtype == jnp.bfloat16:
+    if count == 1 and weight.dtype == jnp.bfloat16 and weight.size > SMALL // 2:
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
     rows = jax.lax.optimization_barrier(rows)
-    y = jnp.einsum("mi,oi->mo", rows, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    form = "mi,io->mo" if turned else "mi,oi->mo"
+    y = jnp.einsum(form, rows, weight.astype(x.dtype), preferred_element_type=jnp.float32)
     return y[:count].reshape(*x.shape[:-1], -1)
 
 
+def _turns(weight: jax.Array) -> bool:
+    """Whether (I, O) is the better orientation: for small f32 matrices on XLA:CPU. Two to eight rows cost half of what they
+    cost with (O, I), which it lays out anew in each product; large ones are read from memory, which takes as long."""
+    return weight.dtype == jnp.float32 and weight.size <= SMALL and _on_host(weight)
+
+
 class ReadLinear(nnx.Module):
-    """A linear map for few rows. weight (out, in); lora: None, or the adapters of what it was made of."""
+    """A linear map for few rows. weight (out, in), or (in, out) if ``turned``; lora: None, or the adapters of what it was made
+    of."""
 
     lora: nnx.Module | None = None
 
@@ -51,13 +61,15 @@ class ReadLinear(nnx.Module):
         weights = [source.weight[...] for source in sources]
         if columns is not None:
             weights = [weight[:, columns] for weight in weights]
-        self.weight = nnx.Param(weights[0] if len(weights) == 1 else jnp.concatenate(weights))
+        weight = weights[0] if len(weights) == 1 else jnp.concatenate(weights)
+        self.turned = _turns(weight)
+        self.weight = nnx.Param(weight.T if self.turned else weight)
         if any(source.lora is not None for source in sources):
             self.lora = ReadAdapters(sources, columns)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
-        y = read_matmul(x, self.weight[...]).astype(x.dtype)
+        y = read_matmul(x, self.weight[...], self.turned).astype(x.dtype)
         return y if self.lora is None else y + self.lora(x)
 
 
@@ -125,12 +137,13 @@ class ReadFeedForward(nnx.Module):
 
 
 class ReadEmbedder(Embedder):
-    """The shared table, read as input rows and as output head. table (V, D)."""
+    """The shared table, read as input rows and as output head. table (V, D); head: None, or a small table's (D, V)."""
 
     def __init__(self, source: Embedder):
         self.table = source.table
         bits = _bits(source.table[...])
         self.bits = None if bits is None else Bits(bits)
+        self.head = nnx.Param(self.table[...].T) if _turns(self.table[...]) else None
 
     def encode(self, tokens: jax.Array, dtype) -> jax.Array:
         """See ``Embedder.encode``. Rows are taken from ``bits`` where there are any."""
@@ -142,6 +155,8 @@ class ReadEmbedder(Embedder):
 
     def decode(self, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
         """f32 logits: hidden (..., D) -> (..., V)."""
+        if self.head is not None:
+            return soft_cap(read_matmul(hidden, self.head[...], turned=True), softcap)
         return soft_cap(read_matmul(hidden, self.table[...]), softcap)
 
 

@@ -100,7 +100,7 @@ def test_remat_changes_neither_value_nor_gradient(model):
     ids = tokens(1, 10)
     _, state = nnx.split(model)
     results = {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "mlp", "full"):
         config = dataclasses.replace(SMALL, remat=remat)
         other = nnx.split(nnx.eval_shape(lambda config=config: Gemma4(config, rngs=nnx.Rngs(0))))[0]
 
@@ -108,7 +108,7 @@ def test_remat_changes_neither_value_nor_gradient(model):
             return jnp.sum(jnp.square(nnx.merge(other, state)(ids).hidden)) / 100
 
         results[remat] = jax.jit(jax.value_and_grad(loss))(state)
-    for remat in ("dots", "full"):
+    for remat in ("dots", "mlp", "full"):
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), results[remat], results["none"]
         )
