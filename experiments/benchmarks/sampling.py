@@ -162,7 +162,7 @@ def _state(sampler, rows: int, length: int):
 
     config = sampler.config
     wanted, mode = sampler._request([[0]] * rows, 1 << 20, (0.0, 0, 1.0, 0.0, 1.0), 0, [])
-    caches = init_cache(config, rows, sampler.max_length, sampler.policy.longest, sampler.cache_dtype)
+    caches = init_cache(config, rows, sampler.max_length, sampler.longest_draft, sampler.cache_dtype)
     hidden = jnp.ones((rows, config.hidden_size), jnp.dtype(config.dtype))
     return sampler.begin(Prefix(caches, jnp.full((rows,), length, jnp.int32), hidden), wanted, mode), wanted, mode
 

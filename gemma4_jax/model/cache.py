@@ -343,11 +343,12 @@ def attend_blocks(layout: KindLayout, q: jax.Array, cache: LayerCache, last: jax
         add = jnp.einsum("bkms,bksh->bkmh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
         return new_top, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), out * shrink + add
 
-    # Block 0 holds a key of every query, so ``top`` is real from the first block on.
+    # Block 0 holds a key of every query, so ``top`` is real from the first block on, and what ``out`` begins with is multiplied
+    # by 0 there. Zeros would wait for nothing: XLA:CPU makes those of all layers at the start, and holds them.
     start = (
         jnp.full((b, kv, m, 1), MASKED, jnp.float32),
         jnp.zeros((b, kv, m, 1), jnp.float32),
-        jnp.zeros((b, kv, m, layout.head_width), jnp.float32),
+        q[..., : layout.head_width].astype(jnp.float32),
     )
     _, total, out = jax.lax.fori_loop(jnp.int32(0), blocks.astype(jnp.int32), step, start)
     return (out / total).astype(q.dtype)

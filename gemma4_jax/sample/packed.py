@@ -74,7 +74,9 @@ def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(y, new, (jnp.int32(0), start))
 
     blocks = -(-outputs // size)
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(blocks), block, jnp.zeros((count, outputs), jnp.float32))
+    # All of it is written over. Zeros would do, but they wait for nothing: XLA then makes those of all layers at the start.
+    start = jnp.broadcast_to(x[:1, :1], (count, outputs))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(blocks), block, start)
 
 
 def _product(x: jax.Array, weights: jax.Array) -> jax.Array:

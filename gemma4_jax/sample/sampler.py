@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from gemma4_jax.errors import ConfigError, PromptError
+from gemma4_jax.memory import give_back_freed_memory
 from gemma4_jax.model.cache import CACHE_DTYPES, cache_bytes
 from gemma4_jax.model.masks import image_runs
 from gemma4_jax.sample import decode, prefill, programs, request
@@ -118,8 +119,8 @@ class Sampler:
         self.cache_dtype = cache_dtype or ("float32" if config.dtype == "float32" else "bfloat16")
         if self.cache_dtype not in CACHE_DTYPES:
             raise ConfigError(f"cache_dtype is {cache_dtype!r}; choices: {', '.join(CACHE_DTYPES)}")
-        self.policy = DraftPolicy(parse_draft_tokens(draft_tokens, bundle.drafter is not None))
-        self._policies: dict[int, DraftPolicy] = {}  # by rows: a round of eight costs other multiples than one of one
+        self._draft(parse_draft_tokens(draft_tokens, bundle.drafter is not None))
+        self.longest_draft = self.policy.longest  # caches are sized by it
         self._compiled: set[Any] = set()
         self._compile_seconds = 0.0
         self.chunk = min(chunk, max_length)
@@ -145,8 +146,14 @@ class Sampler:
           ConfigError: as the constructor does.
         """
         other = copy.copy(self)
-        other.policy = DraftPolicy(parse_draft_tokens(draft_tokens, self._drafter[0] is not None))
+        other._draft(parse_draft_tokens(draft_tokens, self._drafter[0] is not None))
+        # Caches no smaller than here, so that both sides run one program of prefill.
+        other.longest_draft = max(self.longest_draft, other.policy.longest)
         return other
+
+    def _draft(self, draft_tokens: int | str) -> None:
+        self.policy = DraftPolicy(draft_tokens)
+        self._policies: dict[int, DraftPolicy] = {}  # by rows: a round of eight costs other multiples than one of one
 
     def replace_drafter(self, propose: Callable[..., jax.Array], weights: Any) -> None:
         """Draft with a function instead: ``propose(weights, target, state, request, mode, steps, noise)`` gives int32
@@ -156,7 +163,7 @@ class Sampler:
 
     def cache_bytes(self, batch: int = 1) -> dict[str, int]:
         """See ``gemma4_jax.model.cache.cache_bytes``, for this sampler's settings."""
-        return cache_bytes(self.config, self.max_length, self.policy.longest, self.cache_dtype, batch)
+        return cache_bytes(self.config, self.max_length, self.longest_draft, self.cache_dtype, batch)
 
     def generate(
         self,
@@ -284,7 +291,7 @@ class Sampler:
           chunks: calls to make; None: as planned by ``plan_chunks``.
         """
         count = len(rows)
-        sizes = dict(batch=count, max_length=self.max_length, draft_tokens=self.policy.longest, dtype=self.cache_dtype)
+        sizes = dict(batch=count, max_length=self.max_length, draft_tokens=self.longest_draft, dtype=self.cache_dtype)
         prefix = self._call(programs.empty, (), (), config=self.config, **sizes)
         runs = embeddings = None
         if prepared is not None and prepared.media is not None:
@@ -327,6 +334,7 @@ class Sampler:
             jax.block_until_ready(arguments)  # else what is still running would pass for compilation
             started = time.perf_counter()
             program.lower(*network, *arguments, **options).compile()
+            give_back_freed_memory()
             self._compile_seconds += time.perf_counter() - started
             self._compiled.add(key)
         return program(*network, *arguments, **options)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
-import platform
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 from gemma4_jax.config import SCHEMES, ModelConfig, unknown_name
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.losses import LossConfig
+from gemma4_jax.memory import give_back_freed_memory
 from gemma4_jax.train import optimizer as optimizers
 from gemma4_jax.train import sharding
 from gemma4_jax.train import state as states
@@ -155,7 +154,7 @@ class Trainer:
         places = {**self.shardings.params, **self.shardings.frozen}
         state = self._create({name: jax.device_put(leaf, places[name]) for name, leaf in given.items()})
         jax.block_until_ready(state)
-        _give_back_freed_memory()
+        give_back_freed_memory()
         return state
 
     def compile_ahead(self, batch_size: int, seq_len: int) -> None:
@@ -164,7 +163,7 @@ class Trainer:
         The compiler's own memory, a good part of a small model's, is then not held on top of weights and moments.
         """
         self.train_step.lower(self.abstract, self.abstract_batch(batch_size, seq_len)).compile()
-        _give_back_freed_memory()
+        give_back_freed_memory()
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch on the mesh."""
@@ -175,8 +174,3 @@ class Trainer:
         place = sharding.batch_sharding(self.mesh)
         kinds = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32, "positions": jnp.int32}
         return {name: jax.ShapeDtypeStruct((batch_size, seq_len), k, sharding=place) for name, k in kinds.items()}
-
-
-def _give_back_freed_memory() -> None:
-    if platform.libc_ver()[0] == "glibc":  # which keeps what was freed
-        ctypes.CDLL(None).malloc_trim(0)

@@ -15,7 +15,9 @@ from gemma4_jax import quantize
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.packed import pack, unpack
 from gemma4_jax.sample import packed as reads
+from gemma4_jax.sample import programs
 from gemma4_jax.sample.packed_kernel import packed_product
+from gemma4_jax.sample.sampler import Sampler
 from gemma4_jax.sample.weights import ReadTarget
 
 
@@ -65,6 +67,21 @@ def test_no_weights_are_unpacked_whole():
     }
     assert sizes["unpacked"] >= 4 * 4096 * 1024
     assert sizes["blocked"] < sizes["unpacked"] / 4
+
+
+def test_prefill_holds_one_layer_at_a_time(monkeypatch):
+    """Each further layer adds no more than a fraction of what its widest product gives."""
+    monkeypatch.setattr(reads, "BLOCK_NUMBERS", 1 << 12)  # several blocks, as wide layers have
+    rows, used = 64, {}
+    for groups in (1, 3):
+        kinds = ("sliding_attention", "sliding_attention", "full_attention") * groups
+        small = small_bundle(num_hidden_layers=len(kinds), layer_types=kinds, intermediate_size=1024)
+        sampler = Sampler(quantize.quantize_model(small, "int4"), max_length=rows, draft_tokens=0)
+        prefix = sampler.prefill([np.zeros(rows, np.int32)])
+        inputs = prefix, jnp.full((1,), rows, jnp.int32), jnp.zeros((1, rows), jnp.int32)
+        memory = programs.text_chunk.lower(*sampler._target, *inputs).compile().memory_analysis()
+        used[groups] = memory.temp_size_in_bytes
+    assert used[3] - used[1] < 6 * 0.2 * (rows * 2 * 1024 * 4), used
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

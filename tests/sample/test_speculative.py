@@ -215,6 +215,20 @@ def test_any_draft_length(case, steps):
     assert out.stats.drafted == steps * out.stats.rounds
 
 
+def test_another_draft_length_beside_the_first(case):
+    """Each side drafts as it was asked to, whichever ran first, over caches of one size."""
+    bundle, prompts, wanted = case
+    drafting = Sampler(bundle, max_length=64, draft_tokens=2)
+    plain = drafting.with_draft_tokens(0)
+    for sampler, drafted in ((plain, False), (drafting, True), (plain, False)):
+        out = sampler.generate(prompts, max_new_tokens=NEW, stop_ids=[])
+        assert out.tokens == wanted
+        assert (out.stats.drafted > 0) is drafted
+    assert plain.cache_bytes() == drafting.cache_bytes()
+    longer = plain.with_draft_tokens(11)
+    assert longer.generate(prompts, max_new_tokens=NEW, stop_ids=[]).tokens == wanted
+
+
 def test_layout_has_what_the_drafter_reads(case):
     """The compact form gives back keys and values: v, and k_norm * v with its turned dimensions replaced."""
     bundle, _, _ = case
