@@ -21,6 +21,8 @@ from gemma4_jax.model.layers import Embedder, Linear, RMSNorm
 from gemma4_jax.model.masks import drafter_masks
 from gemma4_jax.model.rope import rope_table
 
+QUERY_RUN = 256  # drafter queries whose scores are held at once while training
+
 
 class TokenOrdering(nnx.Variable):
     """Token ids grouped by centroid, (V,) int32; loaded from checkpoints, never trained."""
@@ -119,9 +121,32 @@ def cross_attend(kv: dict[str, tuple[jax.Array, jax.Array]], masks: dict[str, ja
 
     def attend(attention, q):
         k, v = kv[attention.kind]
-        return masked_attention(q, k, v, masks[attention.kind], scale), None
+        function = masked_attention if attention.config.remat == "none" else _attend_in_runs
+        return function(q, k, v, masks[attention.kind], scale), None
 
     return attend
+
+
+def _attend_in_runs(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    """``masked_attention`` over runs of queries in a loop that makes their scores again in the backward pass.
+
+    Else the scores of every draft step and layer, each Q x S, wait for it together.
+    """
+    runs = -(-q.shape[1] // QUERY_RUN)
+
+    def cut(x):  # (B, Q, …) -> (runs, B, Q/runs, …)
+        size = -(-x.shape[1] // runs)
+        x = jnp.pad(x, ((0, 0), (0, size * runs - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], runs, size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(rows):
+        return masked_attention(rows[0], k, v, rows[1], scale)
+
+    if runs == 1:
+        return one((q, mask))
+    out = jnp.moveaxis(jax.lax.map(one, (cut(q), cut(mask))), 0, 1)
+    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
 
 
 def draft_rollout(

@@ -1,5 +1,9 @@
 """The drafter's own rules (fault 11): what each layer reads, the order of its inputs, ordered embeddings."""
 
+import dataclasses
+import types
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +12,8 @@ from flax import nnx
 import gemma4_jax as g4
 from gemma4_jax.config import FULL, SLIDING, get_preset
 from gemma4_jax.errors import ConfigError
+from gemma4_jax.model import drafter as drafters
+from gemma4_jax.model.attention import masked_attention
 from gemma4_jax.model.drafter import Drafter, cross_attend
 from gemma4_jax.model.rope import rope_table
 
@@ -99,3 +105,25 @@ def test_centroids_and_orderings_are_not_trained():
 def test_no_drafter_to_build():
     with pytest.raises(ConfigError, match="drafter is None"):
         Drafter(get_preset("tiny", drafter=None), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_runs_of_queries(remat, monkeypatch):
+    """Attention over runs of queries, the last one padded, gives what all queries at once give, and so do its gradients."""
+    monkeypatch.setattr(drafters, "QUERY_RUN", 4)
+    config = dataclasses.replace(CONFIG, remat=remat)
+    k, v, q = normal(2, 12, 2, 16), normal(2, 12, 2, 16), normal(2, 11, 4, 16)
+    mask = jnp.asarray(RNG.random((1, 11, 12)) < 0.6).at[:, :, 0].set(True)
+    weight = normal(*q.shape)
+    layer = types.SimpleNamespace(kind=SLIDING, config=config)
+
+    def total(arrays, split):
+        if split:
+            attend = cross_attend({SLIDING: arrays[1:]}, {SLIDING: mask}, 0.5)
+            return jnp.sum(attend(layer, arrays[0])[0] * weight)
+        return jnp.sum(masked_attention(*arrays, mask, 0.5) * weight)
+
+    got, want = (jax.jit(jax.value_and_grad(lambda x, s=s: total(x, s)))((q, k, v)) for s in (True, False))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), got, want)
+    loops = jax.jit(jax.grad(lambda x: total(x, True))).lower((q, k, v)).as_text().count("stablehlo.while")
+    assert (loops > 0) is (remat != "none")
