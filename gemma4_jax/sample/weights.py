@@ -32,11 +32,11 @@ def read_matmul(x: jax.Array, weight: jax.Array, turned: bool = False) -> jax.Ar
     """``x @ weight.T`` in f32 for few rows: x (..., I), weight (O, I) -> f32 (..., O). turned: weight is (I, O).
 
     The input is kept out of the product's loop by a barrier, else XLA:CPU recomputes what is fused into it for every output.
-    One row of bf16 with a large matrix is padded to two: there is a fast form for two rows only (7 to 13 times that for one).
+    One row of bf16 is padded to two: XLA:CPU has a fast form for two rows only (7 to 13 times that for one).
     """
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    if count == 1 and weight.dtype == jnp.bfloat16 and weight.size > SMALL // 2:
+    if count == 1 and weight.dtype == jnp.bfloat16:
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
     rows = jax.lax.optimization_barrier(rows)
     form = "mi,io->mo" if turned else "mi,oi->mo"
@@ -137,13 +137,17 @@ class ReadFeedForward(nnx.Module):
 
 
 class ReadEmbedder(Embedder):
-    """The shared table, read as input rows and as output head. table (V, D); head: None, or a small table's (D, V)."""
+    """The shared table, read as input rows and as output head. table (V, D); head: None, or a small table's (D, V).
 
-    def __init__(self, source: Embedder):
-        self.table = source.table
+    With ``head_only`` it is read as output head alone, and held once in any case.
+    """
+
+    def __init__(self, source: Embedder, head_only: bool = False):
+        turns = _turns(source.table[...])
+        self.table = None if turns and head_only else source.table
+        self.head = nnx.Param(source.table[...].T) if turns else None
         bits = _bits(source.table[...])
         self.bits = None if bits is None else Bits(bits)
-        self.head = nnx.Param(self.table[...].T) if _turns(self.table[...]) else None
 
     def encode(self, tokens: jax.Array, dtype) -> jax.Array:
         """See ``Embedder.encode``. Rows are taken from ``bits`` where there are any."""
@@ -171,8 +175,8 @@ def _bits(table: jax.Array) -> jax.Array | None:
     return jax.device_put(np.asarray(table).view(np.uint16), next(iter(table.devices())))
 
 
-def _read_embedder(source: Embedder) -> ReadEmbedder | ReadPackedEmbedder:
-    return ReadPackedEmbedder(source) if isinstance(source, QuantizedEmbedder) else ReadEmbedder(source)
+def _read_embedder(source: Embedder, head_only: bool = False) -> ReadEmbedder | ReadPackedEmbedder:
+    return ReadPackedEmbedder(source) if isinstance(source, QuantizedEmbedder) else ReadEmbedder(source, head_only)
 
 
 class ReadDrafter(Drafter):
@@ -181,7 +185,7 @@ class ReadDrafter(Drafter):
     def __init__(self, source: Drafter):
         self.config = source.config
         width = self.config.hidden_size
-        self.embedder = _read_embedder(source.embedder)
+        self.embedder = _read_embedder(source.embedder, head_only=True)
         self.embedding_projection = read_linear(source.pre_projection, columns=slice(None, width))
         self.hidden_projection = read_linear(source.pre_projection, columns=slice(width, None))
         self.post_projection = read_linear(source.post_projection)
