@@ -56,15 +56,20 @@ def _uncut_gradient(rows: jax.Array, vocab: int) -> jax.Array:
 
 
 def _cut_positions(x: jax.Array, spec: ChunkSpec) -> jax.Array:
+    batch, length = x.shape[:2]
+    return cut_positions(x, min(length, -(-batch * length // spec.token_chunk)))
+
+
+def cut_positions(x: jax.Array, chunks: int) -> jax.Array:
     """(B, T, …) -> (chunks, B, t, …), zero-padded at the end of T."""
     batch, length = x.shape[:2]
-    chunks = min(length, -(-batch * length // spec.token_chunk))
     t = -(-length // chunks)
     x = jnp.pad(x, ((0, 0), (0, t * chunks - length)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(batch, chunks, t, *x.shape[2:]), 1, 0)
 
 
-def _uncut_positions(x: jax.Array, length: int) -> jax.Array:
+def uncut_positions(x: jax.Array, length: int) -> jax.Array:
+    """(chunks, B, t, …) -> (B, T, …) with T = ``length``."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
@@ -126,7 +131,7 @@ def _log_probability(hidden, table, targets, softcap, spec):
         return _target_logit(h, table, t, softcap) - _normalizer(h, cut, vocab, softcap)
 
     logs = jax.lax.map(part, (_cut_positions(hidden, spec), _cut_positions(targets, spec)))
-    return _uncut_positions(logs, hidden.shape[1])
+    return uncut_positions(logs, hidden.shape[1])
 
 
 def _log_probability_forward(hidden, table, targets, softcap, spec):
@@ -159,7 +164,7 @@ def chunked_argmax(hidden: jax.Array, table: jax.Array, *, spec: ChunkSpec = Chu
         start = jnp.full(h.shape[:2], ABSENT, jnp.float32), jnp.zeros(h.shape[:2], jnp.int32)
         return jax.lax.scan(better, start, cut)[0][1]
 
-    return _uncut_positions(jax.lax.map(part, _cut_positions(jax.lax.stop_gradient(hidden), spec)), hidden.shape[1])
+    return uncut_positions(jax.lax.map(part, _cut_positions(jax.lax.stop_gradient(hidden), spec)), hidden.shape[1])
 
 
 def chunked_cross_entropy(
@@ -253,7 +258,7 @@ def _scan_loss(hidden, table, targets, teacher, weights, cap, teacher_cap, spec,
     (loss, d_rows), d_h = jax.lax.scan(piece_loss, start, pieces)
     if not gradient:
         return loss, None, None
-    return loss, _uncut_positions(d_h, length), _uncut_gradient(d_rows, vocab)
+    return loss, uncut_positions(d_h, length), _uncut_gradient(d_rows, vocab)
 
 
 def _piece_loss(piece, cut, table, teacher_cut, vocab, cap, teacher_cap, d_rows):

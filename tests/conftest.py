@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0: machine code as it comes. Tests compile far more than they compute; the optimised HLO is the same.
 XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -19,6 +21,16 @@ if _OWN_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _OWN_CACHE
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture(scope="module")
+def short_query_blocks():
+    """Attention in runs of four query rows and more, so that short rows have several."""
+    from gemma4_jax.model import attention  # not before jax has its devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERY_BLOCK", 4)
+        yield
 
 
 def pytest_sessionfinish():

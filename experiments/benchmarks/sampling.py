@@ -219,8 +219,6 @@ def _ours_speculative(options):
     """Plain and speculative rounds with drafts accepted at ``acceptance`` each, and what verification and drafting cost."""
     import jax.numpy as jnp
 
-    from gemma4_jax.sample.policy import DraftPolicy
-
     bundle = _bundle(options)
     steps, count = options["draft_tokens"], options["new_tokens"]
     sampler = _sampler(bundle, max_length=EARLY + 2 * count + 64, draft_tokens=steps)
@@ -229,10 +227,9 @@ def _ours_speculative(options):
     free, paid = _scripted(None), _scripted(graph)
 
     def rate(steps, propose=None):
-        sampler._policies[1] = DraftPolicy(steps)
         if propose is not None:
             sampler.replace_drafter(propose, (weights, drafter_weights))
-        return sampler.generate([prompt], max_new_tokens=count, stop_ids=[])
+        return sampler.with_draft_tokens(steps).generate([prompt], max_new_tokens=count, stop_ids=[])
 
     answer = rate(0).tokens[0]
     length = EARLY + count + 2 * steps + 2

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gemma4_jax.chunked import cut_positions, uncut_positions
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.model.attention import QueryAttention, Rope, masked_attention
@@ -132,12 +133,8 @@ def _attend_in_runs(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, s
 
     Else the scores of every draft step and layer, each Q x S, wait for it together.
     """
-    runs = -(-q.shape[1] // QUERY_RUN)
-
-    def cut(x):  # (B, Q, …) -> (runs, B, Q/runs, …)
-        size = -(-x.shape[1] // runs)
-        x = jnp.pad(x, ((0, 0), (0, size * runs - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], runs, size, *x.shape[2:]), 1, 0)
+    count = q.shape[1]
+    runs = -(-count // QUERY_RUN)
 
     @jax.checkpoint
     def one(rows):
@@ -145,8 +142,7 @@ def _attend_in_runs(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, s
 
     if runs == 1:
         return one((q, mask))
-    out = jnp.moveaxis(jax.lax.map(one, (cut(q), cut(mask))), 0, 1)
-    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
+    return uncut_positions(jax.lax.map(one, (cut_positions(q, runs), cut_positions(mask, runs))), count)
 
 
 def draft_rollout(

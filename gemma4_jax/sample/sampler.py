@@ -120,7 +120,7 @@ class Sampler:
         if self.cache_dtype not in CACHE_DTYPES:
             raise ConfigError(f"cache_dtype is {cache_dtype!r}; choices: {', '.join(CACHE_DTYPES)}")
         self._draft(parse_draft_tokens(draft_tokens, bundle.drafter is not None))
-        self.longest_draft = self.policy.longest  # caches are sized by it
+        self.longest_draft = DraftPolicy(self.draft_tokens).longest  # caches are sized by it
         self._compiled: set[Any] = set()
         self._compile_seconds = 0.0
         self.chunk = min(chunk, max_length)
@@ -134,11 +134,6 @@ class Sampler:
         self._drafter = (None, None) if drafter is None else nnx.split(drafter)
         self._bias = jnp.asarray(request.suppression(config))
 
-    @property
-    def draft_tokens(self) -> int | str:
-        """As given: a fixed length or "auto"."""
-        return "auto" if self.policy.fixed is None else self.policy.fixed
-
     def with_draft_tokens(self, draft_tokens: int | str) -> Sampler:
         """A sampler of the same weights, held once, with another draft length: for comparing both side by side.
 
@@ -148,11 +143,11 @@ class Sampler:
         other = copy.copy(self)
         other._draft(parse_draft_tokens(draft_tokens, self._drafter[0] is not None))
         # Caches no smaller than here, so that both sides run one program of prefill.
-        other.longest_draft = max(self.longest_draft, other.policy.longest)
+        other.longest_draft = max(self.longest_draft, DraftPolicy(other.draft_tokens).longest)
         return other
 
     def _draft(self, draft_tokens: int | str) -> None:
-        self.policy = DraftPolicy(draft_tokens)
+        self.draft_tokens = draft_tokens  # a fixed length or "auto"
         self._policies: dict[int, DraftPolicy] = {}  # by rows: a round of eight costs other multiples than one of one
 
     def replace_drafter(self, propose: Callable[..., jax.Array], weights: Any) -> None:

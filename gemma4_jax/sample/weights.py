@@ -143,10 +143,11 @@ class ReadEmbedder(Embedder):
     """
 
     def __init__(self, source: Embedder, head_only: bool = False):
-        turns = _turns(source.table[...])
+        table = source.table[...]
+        turns = _turns(table)
         self.table = None if turns and head_only else source.table
-        self.head = nnx.Param(source.table[...].T) if turns else None
-        bits = _bits(source.table[...])
+        self.head = nnx.Param(table.T) if turns else None
+        bits = _bits(table)
         self.bits = None if bits is None else Bits(bits)
 
     def encode(self, tokens: jax.Array, dtype) -> jax.Array:

@@ -161,7 +161,7 @@ class _Run:
                 self._save()
                 self.checkpoints.wait()
                 raise Interrupted(self.stop.signal or signal.SIGTERM)
-            if self.evaluated_step != total:  # as long a run was once stopped at its last step
+            if self.evaluated_step != total:  # its checkpoint is that of a longer run, stopped at this step
                 self.evaluation = self._evaluate()
             self.checkpoints.wait()
         if distributed.is_main():

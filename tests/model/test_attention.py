@@ -10,17 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma4_jax.config import FULL, SLIDING, get_preset
-from gemma4_jax.model import attention
 from gemma4_jax.model.attention import masked_attention, query_blocks
 from gemma4_jax.model.masks import Band, attention_band, make_masks
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_runs():
-    """Runs of four rows and more, so that short rows have several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_BLOCK", 4)
-        yield
+pytestmark = pytest.mark.usefixtures("short_query_blocks")
 
 
 @given(

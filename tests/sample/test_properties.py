@@ -7,21 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import prompts_of, script, script_weights, small_bundle, uncached_greedy, uncached_logits
 
-from gemma4_jax.model import attention
 from gemma4_jax.sample.prefill import plan_chunks
 from gemma4_jax.sample.sampler import Sampler
+
+pytestmark = pytest.mark.usefixtures("short_query_blocks")
 
 ROWS, NEW = 3, 18
 LENGTHS = st.lists(st.integers(1, 24), min_size=ROWS, max_size=ROWS)
 CASES = [(1, 2, "float32"), (3, 5, "int8"), (5, 1, "bfloat16")]  # window, draft length, cache
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_runs():
-    """Local attention over a chunk in runs of four query rows, so that short chunks have several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_BLOCK", 4)
-        yield
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
