@@ -4,6 +4,10 @@ Axis letters: M rows of input, O outputs, I inputs, G = I/32 groups, R rows of a
 
 Forms, by name (``FORMS``):
 
+* ``integer``: int8 numbers are never converted. The inputs become whole numbers of 24 bits, cut into three int8 digits,
+  three rows of one int8 product whose int32 sums are exact. Reads one byte a weight and runs in the machine's integer
+  units, so it beats f32. An input far below the row's largest keeps fewer bits than in f32: it is rounded at 2^-23 of
+  the largest. For up to ``INTEGER_ROWS`` rows of int8 with one scale a row; everything else takes ``blocked``.
 * ``blocked``: plain XLA. A loop over blocks of output rows, each unpacked into f32 where the cache holds it and multiplied
   from there. The loop is the point: without it XLA:CPU converts inside the product's inner loop, ten times slower.
 * ``pallas``: a kernel for GPU and TPU, unpacking in registers (``gemma4_jax.sample.packed_kernel``).
@@ -27,12 +31,16 @@ from gemma4_jax.sample import packed_kernel
 log = logging.getLogger(__name__)
 
 BLOCK_NUMBERS = 1 << 18  # of weights that are unpacked together: 1 MB in f32
-FORMS = ("blocked", "pallas", "unpacked")
+INTEGER_ROWS = 24  # as whole numbers they are three times as many: beyond, unpacking once pays
+_DIGITS = 3
+_DIGIT_BITS = 8
+_EXCEPT = {"integer": f" ('blocked' where numbers have group scales, and for more than {INTEGER_ROWS} rows)"}
+FORMS = ("integer", "blocked", "pallas", "unpacked")
 
 
 def default_form() -> str:
-    """The form that suits the first device: ``pallas`` on GPU and TPU, ``blocked`` elsewhere."""
-    return "pallas" if jax.devices()[0].platform in ("gpu", "tpu") else "blocked"
+    """The form that suits the first device: ``pallas`` on GPU and TPU, ``integer`` elsewhere."""
+    return "pallas" if jax.devices()[0].platform in ("gpu", "tpu") else "integer"
 
 
 def choose_form(modules: Sequence[nnx.Module], form: str | None) -> str:
@@ -48,7 +56,7 @@ def choose_form(modules: Sequence[nnx.Module], form: str | None) -> str:
     packed = [node for node in nodes if isinstance(node, (ReadPacked, ReadPackedEmbedder))]
     for node in packed:
         node.form = form
-    log.info("%d packed products in form %r", len(packed), form)
+    log.info("%d packed products in form %r%s", len(packed), form, _EXCEPT.get(form, ""))
     return form
 
 
@@ -57,6 +65,35 @@ def read_packed(x: jax.Array, values: jax.Array, scale: jax.Array, form: str) ->
     rows = x.reshape(-1, x.shape[-1])
     y = _PRODUCTS[form](rows, values, scale)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _integer(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    if values.dtype != jnp.int8 or scale.shape[1] > 1 or x.shape[0] > INTEGER_ROWS:
+        return _blocked(x, values, scale)
+    digits, step = _digits(x.astype(jnp.float32))
+    sums = jnp.einsum("kmi,oi->kmo", digits, values, preferred_element_type=jnp.int32)
+    # A product of digits is at most 2^14, so that int32 holds the sums of 2^17 inputs; f32 rounds each once.
+    y = jnp.zeros(sums.shape[1:], jnp.float32)
+    for digit in reversed(range(_DIGITS)):
+        y = y * (1 << _DIGIT_BITS) + sums[digit].astype(jnp.float32)
+    return y * step * scale[:, 0].astype(jnp.float32)
+
+
+def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """f32 (M, I) as ``step * sum_k(2^(8 k) * digits[k])``: int8 (3, M, I) and f32 (M, 1).
+
+    ``step`` is 2^-23 of the row's largest magnitude: what f32 keeps of that number.
+    """
+    most = 127 * sum(1 << (_DIGIT_BITS * k) for k in range(_DIGITS))  # every digit stays within -128…127
+    step = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / most
+    rest = jnp.round(x * jnp.where(step == 0, 0, 1 / step)).astype(jnp.int32)
+    half = 1 << (_DIGIT_BITS - 1)
+    digits = []
+    for _ in range(_DIGITS):
+        low = ((rest + half) & ((1 << _DIGIT_BITS) - 1)) - half
+        digits.append(low.astype(jnp.int8))
+        rest = (rest - low) >> _DIGIT_BITS
+    return jax.lax.optimization_barrier((jnp.stack(digits), step))
 
 
 def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
@@ -117,7 +154,7 @@ def _unpacked(x, values, scale):
     return _product(x.astype(jnp.float32), unpack(values, scale))
 
 
-_PRODUCTS = {"blocked": _blocked, "pallas": _pallas, "unpacked": _unpacked}
+_PRODUCTS = {"integer": _integer, "blocked": _blocked, "pallas": _pallas, "unpacked": _unpacked}
 
 
 class ReadPacked(nnx.Module):

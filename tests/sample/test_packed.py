@@ -35,10 +35,46 @@ def test_blocked_products(scheme, rows, monkeypatch):
     """200 outputs in blocks of 80: the last one begins early."""
     monkeypatch.setattr(reads, "BLOCK_NUMBERS", 80 * 192)
     x, values, scale, expected = product_case(scheme, rows)
-    for form in ("blocked", "unpacked"):
+    for form in ("integer", "blocked", "unpacked"):
         found = jax.jit(reads.read_packed, static_argnums=3)(x[None], values, scale, form)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found[0], expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("width", [192, 15360])
+def test_integer_products_are_close(width):
+    """An input is rounded at 2^-23 of the row's largest: beside an outlier of 1000 times the rest, and all at their largest."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, width)).astype(np.float32)
+    x[1, 7] = 1000
+    x[2] = np.abs(x).max()
+    values = rng.integers(-127, 128, (64, width), dtype=np.int8)
+    values[0] = 127
+    scale = jnp.asarray(np.full((64, 1), 2**-7), jnp.float16)
+    expected = x.astype(np.float64) @ values.T.astype(np.float64) * 2**-7
+    sizes = np.abs(values.T).astype(np.float64) * 2**-7
+    bound = np.abs(x).max(axis=1, keepdims=True) * sizes.sum(axis=0) * 2**-23 + np.abs(x) @ sizes * 2**-22
+    found = jax.jit(reads.read_packed, static_argnums=3)(jnp.asarray(x), jnp.asarray(values), scale, "integer")
+    assert np.all(np.abs(found - expected) <= bound)
+
+
+def test_integer_products_do_not_depend_on_their_neighbours():
+    """Bit for bit: a draft is verified with the very numbers of plain decoding."""
+    x, values, scale, _ = product_case("int8", reads.INTEGER_ROWS)
+    run = jax.jit(reads.read_packed, static_argnums=3)
+    together = run(x, values, scale, "integer")
+    for row in range(len(x)):
+        np.testing.assert_array_equal(run(x[row : row + 1], values, scale, "integer")[0], together[row])
+
+
+def test_integer_products_of_nothing_and_of_no_number():
+    x, values, scale, _ = product_case("int8", 4)
+    x = x.at[1].set(0).at[2, 3].set(jnp.nan).at[3].set(1e-42)
+    found = reads.read_packed(x, values, scale, "integer")
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_array_equal(found[1], 0)
+    assert np.isnan(found[2]).all()
+    np.testing.assert_allclose(found[3], 0, atol=1e-38)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -59,14 +95,15 @@ def test_the_kernel_lowers_for_accelerators(scheme, platform, backend):
 
 def test_no_weights_are_unpacked_whole():
     """The compiled program of a large product holds no buffer of the matrix's size in f32."""
-    x, values, scale, _ = product_case("int4", 1, outputs=4096, width=1024)
     run = jax.jit(reads.read_packed, static_argnums=3)
-    sizes = {
-        form: run.lower(x, values, scale, form).compile().memory_analysis().temp_size_in_bytes
-        for form in ("blocked", "unpacked")
-    }
-    assert sizes["unpacked"] >= 4 * 4096 * 1024
-    assert sizes["blocked"] < sizes["unpacked"] / 4
+    for scheme, form in (("int4", "blocked"), ("int8", "blocked"), ("int8", "integer")):
+        x, values, scale, _ = product_case(scheme, 1, outputs=4096, width=1024)
+        sizes = {
+            name: run.lower(x, values, scale, name).compile().memory_analysis().temp_size_in_bytes
+            for name in (form, "unpacked")
+        }
+        assert sizes["unpacked"] >= 4 * 4096 * 1024
+        assert sizes[form] < sizes["unpacked"] / (64 if form == "integer" else 3)
 
 
 def test_prefill_holds_one_layer_at_a_time(monkeypatch):
@@ -100,10 +137,10 @@ def test_the_form_is_chosen_and_logged(caplog):
     small = quantize.quantize_model(small_bundle(intermediate_size=64), "int8")
     target = ReadTarget(small.model)
     with caplog.at_level(logging.INFO):
-        assert reads.choose_form([target], None) == "blocked"
-    assert "packed products in form 'blocked'" in caplog.text
+        assert reads.choose_form([target], None) == "integer"
+    assert "packed products in form 'integer' ('blocked' where" in caplog.text
     forms = {node.form for _, node in nnx.iter_modules(target) if isinstance(node, reads.ReadPacked)}
-    assert forms == {"blocked"}
+    assert forms == {"integer"}
     with pytest.raises(ConfigError, match="unknown packed_product 'fast'"):
         g4.Sampler(small, max_length=32, packed_product="fast")
     sampler = g4.Sampler(small, max_length=32, draft_tokens=0, packed_product="unpacked")
