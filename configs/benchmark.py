@@ -20,7 +20,15 @@ def _config(mode, **options):
 def train():
     """Full f32 training steps with AdamW at 140 M parameters; ``--config.options.lora_rank=8``: adapters, beside peft."""
     return _config(
-        "train", model="bench", batch_size=4, seq_len=256, rounds=5, remat="dots", token_chunk=1024, lora_rank=0
+        "train",
+        model="bench",
+        batch_size=4,
+        seq_len=256,
+        rounds=5,
+        remat="dots",
+        scan_layers=False,
+        token_chunk=1024,
+        lora_rank=0,
     )
 
 

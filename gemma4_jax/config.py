@@ -160,6 +160,7 @@ class ModelConfig:
     param_dtype: str = "float32"  # of stored weights
     quantization: str | None = None  # of matrices and tables; one of SCHEMES
     remat: str = "none"
+    scan_layers: bool = True  # like layers stacked, in loops; False: each with arrays of its own (``model.decoder``)
 
     def __post_init__(self):
         if self.layer_types is None:

@@ -26,8 +26,8 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, float]:
     """Flat results of all sides.
 
     Args:
-      options: ``model`` (preset), ``batch_size``, ``seq_len``, ``rounds``, ``remat``, ``token_chunk``, ``lora_rank`` (0: all
-        weights train; else adapters of this rank on every linear map, and the peer is ``peft``).
+      options: ``model`` (preset), ``batch_size``, ``seq_len``, ``rounds``, ``remat``, ``scan_layers``, ``token_chunk``,
+        ``lora_rank`` (0: all weights train; else adapters of this rank on every linear map, and the peer is ``peft``).
       threads: torch threads.
     """
     with (
@@ -55,7 +55,8 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, float]:
 def model_config(options: dict[str, Any]) -> ModelConfig:
     """The target alone: the peer has no multi-token loss."""
     lora = {"rank": options["lora_rank"], "alpha": 16.0} if options["lora_rank"] else None
-    return get_preset(options["model"], drafter=None, vision=None, audio=None, remat=options["remat"], lora=lora)
+    layers = {name: options[name] for name in ("remat", "scan_layers")}
+    return get_preset(options["model"], drafter=None, vision=None, audio=None, lora=lora, **layers)
 
 
 def _rows(config: ModelConfig, options: dict[str, Any]) -> np.ndarray:

@@ -21,12 +21,12 @@ from jax.sharding import PartitionSpec
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.attention import Attend, Attention, Rope, masked_attention
 from gemma4_jax.model.audio import AudioEmbedder
-from gemma4_jax.model.layers import FEED_FORWARD, PRODUCT, Embedder, FeedForward, LayerScalar, RMSNorm
+from gemma4_jax.model.layers import Embedder, FeedForward, LayerScalar, RMSNorm
 from gemma4_jax.model.masks import attention_band, make_masks
+from gemma4_jax.model.remat import CUT, remat, remat_apart
 from gemma4_jax.model.rope import rope_table
 from gemma4_jax.model.vision import VisionEmbedder, place_media
 
-CUT = "cut"  # weights of one layer, cut out of their stack
 BATCH_AXES = ("data", "fsdp")  # of a mesh: those over which rows of a batch are cut
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -116,7 +116,7 @@ class _Run(NamedTuple):
             return _block_at(self.graph, state, g, i)(x, rope, attend)
 
         def layer(carry, i):
-            return _remat(config, step)(self.state, carry[0], i), None
+            return remat(config, step)(self.state, carry[0], i), None
 
         return jax.lax.scan(layer, carry, jnp.arange(self.count, dtype=jnp.int32))[0]
 
@@ -150,21 +150,14 @@ def _stack(count: int, make, rngs: nnx.Rngs):
     return stack(rngs)
 
 
-def _attends(
-    config: ModelConfig, length: int, segment_ids: jax.Array | None, token_types: jax.Array | None
-) -> dict[str, Attend]:
-    """For each layer kind: attention to all that its mask allows (``make_masks``), with (k, v) beside its output."""
-    masks = make_masks(config, length, segment_ids, token_types)
+def _attend(config: ModelConfig, kind: str, mask: jax.Array, has_media: bool) -> Attend:
+    """Attention to all that the mask of a layer kind (``make_masks``) allows, with (k, v) beside its output."""
+    band = attention_band(config, kind, has_media)
 
-    def attend_with(kind: str) -> Attend:
-        band = attention_band(config, kind, token_types is not None)
+    def attend(_, q, k, v):
+        return masked_attention(q, k, v, mask, config.attention_scale, band), (k, v)
 
-        def attend(_, q, k, v):
-            return masked_attention(q, k, v, masks[kind], config.attention_scale, band), (k, v)
-
-        return attend
-
-    return {kind: attend_with(kind) for kind in masks}
+    return attend
 
 
 def layer_pattern(layer_types: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
@@ -185,6 +178,11 @@ def layer_pattern(layer_types: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
     return best[1], best[2]
 
 
+def scanned_layers(config: ModelConfig) -> tuple[tuple[str, ...], int]:
+    """The layers that are stacked: kinds of a group and repeats (``layer_pattern``); none with ``scan_layers=False``."""
+    return layer_pattern(config.layer_types) if config.scan_layers else ((), 0)
+
+
 def runs_of(kinds: tuple[str, ...]) -> list[tuple[str, int]]:
     """Runs of equal kinds: (kind, count) in order."""
     return [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
@@ -195,7 +193,7 @@ def layer_places(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
 
     ``("groups/runs/R", (group, place in the run))``, or ``("tail/J", ())``.
     """
-    kinds, repeats = layer_pattern(config.layer_types)
+    kinds, repeats = scanned_layers(config)
     runs = runs_of(kinds)
     places: list[tuple[str, tuple[int, ...]]] = [
         (f"groups/runs/{r}", (g, i)) for g in range(repeats) for r, (_, count) in enumerate(runs) for i in range(count)
@@ -209,8 +207,8 @@ def is_stacked(name: str) -> bool:
 
 
 class Gemma4(nnx.Module):
-    """The network. Attributes: embedder, groups (stacked: groups first, then layers of a run), tail (list), final_norm,
-    vision, audio.
+    """The network. Attributes: embedder, groups (stacked: groups first, then layers of a run; or None), tail (list),
+    final_norm, vision, audio.
 
     Raises nothing of its own: shapes are checked where data enters (pipeline, sampler, ``g4.logits``).
     """
@@ -219,8 +217,8 @@ class Gemma4(nnx.Module):
         dtype = jnp.dtype(config.param_dtype)
         self.config = config
         self.embedder = Embedder(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        kinds, repeats = layer_pattern(config.layer_types)
-        self.groups = _stack(repeats, lambda rngs: Group(config, kinds, rngs), rngs)
+        kinds, repeats = scanned_layers(config)
+        self.groups = _stack(repeats, lambda rngs: Group(config, kinds, rngs), rngs) if repeats else None
         rest = config.layer_types[len(kinds) * repeats :]
         self.tail = nnx.List([decoder_block(config, kind, rngs) for kind in rest])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -257,28 +255,32 @@ class Gemma4(nnx.Module):
         if positions is None:
             positions = jnp.arange(length, dtype=jnp.int32)[None]
         x = self.embed(tokens, media)
-        kinds = tuple(dict.fromkeys(config.layer_types))
-        ropes = {kind: rope_table(config, kind, positions) for kind in kinds}
-        attends = _attends(config, length, segment_ids, token_types)
-        x, kv = self._run_groups(x, ropes, attends)
-        for block in self.tail:
+        ropes = {kind: rope_table(config, kind, positions) for kind in dict.fromkeys(config.layer_types)}
+        masks = make_masks(config, length, segment_ids, token_types)
+        has_media = token_types is not None
+        x, kv = (x, {}) if self.groups is None else self._run_groups(x, ropes, masks, has_media)
+        for index, block in enumerate(self.tail, config.num_hidden_layers - len(self.tail)):
             kind, (graph, state) = block.kind, nnx.split(block)
+            is_read = index == last_of_kind(config, kind)
 
-            def step(state, x, graph=graph, kind=kind):
-                return nnx.merge(graph, state)(x, ropes[kind], attends[kind])
+            def step(state, x, rope, mask, graph=graph, kind=kind, is_read=is_read):
+                x, kv = nnx.merge(graph, state)(x, rope, _attend(config, kind, mask, has_media))
+                return x, kv if is_read else None
 
-            x, kv[kind] = _remat(config, step)(state, x)
+            x, found = remat_apart(config, step)(state, x, ropes[kind], masks[kind])
+            kv |= {kind: found} if is_read else {}
         return DecoderOutput(self.final_norm(x), kv)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Soft-capped f32 logits: hidden (..., D) -> (..., V)."""
         return self.embedder.decode(hidden, self.config.final_logit_softcapping)
 
-    def _run_groups(self, x, ropes, attends):
+    def _run_groups(self, x, ropes, masks, has_media):
         config = self.config
+        attends = {kind: _attend(config, kind, mask, has_media) for kind, mask in masks.items()}
         empty = {kind: _empty_kv(config, kind, x) for kind in dict.fromkeys(config.layer_types)}
 
-        kinds, repeats = layer_pattern(config.layer_types)
+        kinds, repeats = scanned_layers(config)
         runs = [
             _Run(kind, *nnx.split(stack), count)
             for (kind, count), stack in zip(runs_of(kinds), self.groups.runs, strict=True)
@@ -298,25 +300,9 @@ def _empty_kv(config: ModelConfig, kind: str, x: jax.Array) -> KeysValues:
     return jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)
 
 
-def _remat(config: ModelConfig, function):
-    """Recompute each layer in the backward pass: nothing ("none"), all but linear maps ("dots"), all but the feed-forward's
-    ("mlp": three quarters of the work, two thirds of the memory), or all ("full").
-
-    Layer by layer, not group by group: the recomputed values of one layer are alive at a time. A layer's weights are cut out
-    of their stack again in any case.
-    """
-    policies = {
-        "none": jax.checkpoint_policies.save_anything_except_these_names(CUT),
-        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, FEED_FORWARD),
-        "mlp": jax.checkpoint_policies.save_only_these_names(FEED_FORWARD),
-        "full": None,
-    }
-    return jax.checkpoint(function, policy=policies[config.remat])
-
-
 def unstack(model: Gemma4) -> list[Block]:
     """The blocks in layer order, each with weights of its own sliced out of the stack (a copy: for sampling)."""
-    stacks = [nnx.split(run) for run in model.groups.runs]
+    stacks = [] if model.groups is None else [nnx.split(run) for run in model.groups.runs]
     blocks = []
     for place, index in layer_places(model.config)[: model.config.num_hidden_layers - len(model.tail)]:
         graph, state = stacks[int(place.rpartition("/")[2])]

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from gemma4_jax.model.attention import Attention
-from gemma4_jax.model.decoder import Block, Gemma4, layer_pattern, runs_of
+from gemma4_jax.model.decoder import Block, Gemma4, runs_of, scanned_layers
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.layers import Embedder, FeedForward, Linear, embedding_scale, soft_cap
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
@@ -224,9 +224,9 @@ class ReadTarget(nnx.Module):
 
 def _blocks(model: Gemma4, release: bool) -> Iterator[Block]:
     """Layers in order; what is handed out is not held here."""
-    kinds, repeats = layer_pattern(model.config.layer_types)
+    kinds, repeats = scanned_layers(model.config)
     runs = runs_of(kinds)
-    stacks = [_unstacked(run, release) for run in model.groups.runs]
+    stacks = [_unstacked(run, release) for run in model.groups.runs] if repeats else []
     for _ in range(repeats):
         for stack, (_, count) in zip(stacks, runs, strict=True):
             yield from itertools.islice(stack, count)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from optax import contrib
 
 from gemma4_jax.config import unknown_name
 from gemma4_jax.errors import ConfigError
+from gemma4_jax.model.remat import own_program, runs_apart
 from gemma4_jax.train.sharding import logical_axes
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -151,8 +154,8 @@ def _muon(config: OptimizerConfig, schedule: Schedule, decay: Mapping[str, bool]
         optax.stateless_with_tree_map(lambda update, _: _MUON_RMS * max(update.shape[-2:]) ** 0.5 * update),
         *_decayed_and_scaled(config, schedule, decay),
     )
-    labels = {name: "muon" if name in hidden else "adamw" for name in decay}
-    return optax.partition({"muon": orthogonal, "adamw": _adamw(config, schedule, decay)}, labels)
+    parts = {"muon": orthogonal, "adamw": _adamw(config, schedule, decay)}
+    return optax.partition(parts, lambda tree: {name: "muon" if name in hidden else "adamw" for name in tree})
 
 
 def _axes(updates, axes):
@@ -196,18 +199,31 @@ def per_matrix(transform: optax.GradientTransformation, ranks: Mapping[str, int]
 OPTIMIZERS: dict[str, Callable] = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
 
 
-def make_optimizer(config: OptimizerConfig, schedule: Schedule, names: Iterable[str]) -> optax.GradientTransformation:
-    """The optax chain for f32 flat dicts with exactly these parameter names (use ``init`` and ``update`` below)."""
+class Optimizer(NamedTuple):
+    """What ``init`` and ``update`` take.
+
+    transform: what happens to each parameter's f32 gradient, whatever happens to the others: for flat dicts with some or all
+    of the parameter names. clip_norm: of all gradients together; 0: none. masks: bool over the leading axes of those stacked
+    weights of which only some layers train; the others have no gradient and do not move, nor decay.
+    """
+
+    transform: optax.GradientTransformation
+    clip_norm: float
+    masks: Mapping[str, np.ndarray]
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: Schedule, names: Iterable[str], masks: Mapping[str, np.ndarray] | None = None
+) -> Optimizer:
+    """The optimiser for exactly these parameter names."""
     names = list(names)
     decay = decay_mask(names)
     transforms = [OPTIMIZERS[config.name](config, schedule, decay)]
-    if config.clip_norm > 0:
-        transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.lr_multipliers:
         factors = lr_factors(names, config.lr_multipliers)
         scale = optax.stateless(lambda updates, _: {name: factors[name] * leaf for name, leaf in updates.items()})
         transforms.append(scale)
-    return optax.chain(*transforms)
+    return Optimizer(optax.chain(*transforms), config.clip_norm, masks or {})
 
 
 def decay_mask(names: Iterable[str], rules: Sequence[tuple[str, bool]] = WEIGHT_DECAY) -> dict[str, bool]:
@@ -248,28 +264,6 @@ def lr_factors(names: Sequence[str], multipliers: Sequence[tuple[str, float]]) -
     return factors
 
 
-def only_layers(
-    optimizer: optax.GradientTransformation, masks: Mapping[str, np.ndarray]
-) -> optax.GradientTransformation:
-    """The optimiser for some layers of stacked weights; the others have no gradient and do not move, nor decay.
-
-    Args:
-      masks: by parameter name, bool over leading axes; parameters without one move whole.
-    """
-
-    def cut(tree):
-        return {
-            name: leaf * masks[name].reshape(masks[name].shape + (1,) * (leaf.ndim - masks[name].ndim)) if name in masks else leaf
-            for name, leaf in tree.items()
-        }  # fmt: skip
-
-    def update(grads, state, params=None):
-        updates, state = optimizer.update(cut(grads), state, params)
-        return cut(updates), state
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
 def select(
     names: Sequence[str] | Mapping[str, Sequence[str]], patterns: Sequence[str], field: str = "train.trainable"
 ) -> set[str]:
@@ -296,22 +290,53 @@ def select(
     return {name for name, chosen in decision.items() if chosen}
 
 
-def init(optimizer: optax.GradientTransformation, params: Mapping[str, jax.Array]):
+def init(optimizer: Optimizer, params: Mapping[str, jax.Array]):
     """Optimiser state with f32 moments, whatever the dtype of the parameters."""
-    return optimizer.init(_float32(params))
+    return optimizer.transform.init(_float32(params))
 
 
-def update(optimizer: optax.GradientTransformation, grads, state, params: Mapping[str, jax.Array], loss: jax.Array):
+def update(optimizer: Optimizer, grads, state, params: Mapping[str, jax.Array], loss: jax.Array):
     """One update in f32, stored in the parameters' dtypes.
+
+    On one CPU device a few parameters at a time: XLA would make the clipped gradients and the updates of all of them before
+    it added the first.
 
     Args:
       loss: f32 (), computed from ``params``: read before they are written.
 
     Returns:
-      params, state, and the update's norm over that of the parameters, f32 ().
+      params, state, and f32 scalars: ``gradient_norm`` (before clipping), ``update_ratio`` (norm of the update over that of
+      the parameters).
     """
+    norm = optax.tree.norm(_float32(_cut(grads, optimizer.masks)))
+    factor = jnp.float32(1.0)
+    if optimizer.clip_norm > 0:
+        factor = jnp.where(norm < optimizer.clip_norm, factor, optimizer.clip_norm / norm)
+    change = functools.partial(_update_some, optimizer)
+    parts, run = [list(params)], change
+    if runs_apart():
+        parts, run = _parts(params), functools.partial(own_program, change)
+    done = [
+        run(
+            *({name: tree[name] for name in names} for tree in (grads, params)),
+            _state_of(names, state, params),
+            factor,
+            loss,
+        )
+        for names in parts
+    ]
+    changes, sizes = (jnp.sqrt(sum(found[key] for *_, found in done)) for key in ("change", "size"))
+    params = {name: leaf for some, *_ in done for name, leaf in some.items()}
+    metrics = {"gradient_norm": norm, "update_ratio": changes / jnp.maximum(sizes, 1e-30)}
+    return params, _merged([state for _, state, _ in done]), metrics
+
+
+def _update_some(optimizer: Optimizer, grads, params, state, factor: jax.Array, loss: jax.Array):
+    """New parameters and state of some parameters, and the squared norms ``change`` and ``size``."""
     master = _float32(params)
-    updates, state = optimizer.update(_float32(grads), state, master)
+    scaled = {name: factor * leaf for name, leaf in _float32(_cut(grads, optimizer.masks)).items()}
+    updates, state = optimizer.transform.update(scaled, state, master)
+    updates = _cut(updates, optimizer.masks)
     squares = {name: (jnp.sum(jnp.square(updates[name])), jnp.sum(jnp.square(master[name]))) for name in params}
 
     def add(name):
@@ -320,8 +345,54 @@ def update(optimizer: optax.GradientTransformation, grads, state, params: Mappin
         read = _known(loss) & _known(squares[name][0]) & _known(squares[name][1])
         return jnp.where(read, master[name] + updates[name], 0.0).astype(params[name].dtype)
 
-    changes, sizes = (jnp.sqrt(sum(terms, jnp.float32(0))) for terms in zip(*squares.values(), strict=True))
-    return {name: add(name) for name in params}, state, changes / jnp.maximum(sizes, 1e-30)
+    change, size = (sum(terms, jnp.float32(0)) for terms in zip(*squares.values(), strict=True))
+    return {name: add(name) for name in params}, state, {"change": change, "size": size}
+
+
+def _parts(params: Mapping[str, jax.Array]) -> list[list[str]]:
+    """Names in order, as many at a time as together have the size of the largest parameter."""
+    largest = max(leaf.size for leaf in params.values())
+    parts: list[list[str]] = []
+    room = 0
+    for name, leaf in params.items():
+        if leaf.size > room:
+            parts.append([])
+            room = largest
+        parts[-1].append(name)
+        room -= leaf.size
+    return parts
+
+
+def _state_of(names: Sequence[str], state, params: Mapping[str, jax.Array]):
+    """The state of some parameters: dicts by name lose the others."""
+    if isinstance(state, dict):
+        return {key: _state_of(names, node, params) for key, node in state.items() if key in names or key not in params}
+    if isinstance(state, tuple):
+        return _like(state, [_state_of(names, node, params) for node in state])
+    return state
+
+
+def _merged(states: Sequence):
+    """The state of all parameters from those of some; what belongs to none (a count of steps) is the same in all."""
+    first = states[0]
+    if isinstance(first, dict):
+        keys = dict.fromkeys(key for state in states for key in state)
+        return {key: _merged([state[key] for state in states if key in state]) for key in keys}
+    if isinstance(first, tuple):
+        return _like(first, [_merged(nodes) for nodes in zip(*states, strict=True)])
+    return first
+
+
+def _like(node: tuple, parts: list) -> tuple:
+    return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+
+
+def _cut(tree: Mapping[str, jax.Array], masks: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Zero where layers do not train."""
+    return {
+        name: leaf * masks[name].reshape(masks[name].shape + (1,) * (leaf.ndim - masks[name].ndim)) if name in masks else leaf
+        for name, leaf in tree.items()
+    }  # fmt: skip
 
 
 def _known(x: jax.Array) -> jax.Array:

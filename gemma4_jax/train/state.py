@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -212,7 +211,7 @@ def _units(network: Network) -> dict[str, tuple[str, tuple[int, ...]]]:
 def create_state(
     network: Network,
     names: set[str],
-    optimizer: optax.GradientTransformation,
+    optimizer: optimizers.Optimizer,
     seed: int,
     given: Mapping[str, jax.Array],
     averaged: bool = False,

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma4_jax.losses import LossConfig, compute_losses, evaluation_sums, loss_denominators
@@ -119,7 +118,7 @@ def _micro_batches(batch: Batch, accumulation: int, mesh: Mesh | None) -> Batch:
 def make_train_step(
     network: Network,
     loss: LossConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optimizers.Optimizer,
     schedule: optimizers.Schedule,
     *,
     accumulation: int,
@@ -143,12 +142,13 @@ def make_train_step(
             grads, metrics = gradients(
                 network, loss, state.params, state.frozen, batch, accumulation=accumulation, mesh=mesh
             )
-        params, opt_state, ratio = optimizers.update(optimizer, grads, state.opt_state, state.params, metrics["loss"])
+            params, opt_state, moved = optimizers.update(
+                optimizer, grads, state.opt_state, state.params, metrics["loss"]
+            )
         average = optimizers.average(state.average, params, ema_decay, state.step) if ema_decay else state.average
         metrics |= {
-            "update_ratio": ratio,
+            **moved,
             "learning_rate": schedule(state.step),
-            "gradient_norm": optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)),
             "tokens": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
             "empty_steps": (metrics["supervised_tokens"] == 0).astype(jnp.float32),
         }

@@ -119,9 +119,7 @@ class Trainer:
         self.names = states.trainable_names(self.network, self.loss, options.trainable, media_kinds)
         self.masks = states.layer_masks(self.network, self.names, options.trainable)
         schedule = optimizers.make_schedule(optimizer, options.steps)
-        self.optimizer = optimizers.make_optimizer(optimizer, schedule, sorted(self.names))
-        if self.masks:
-            self.optimizer = optimizers.only_layers(self.optimizer, self.masks)
+        self.optimizer = optimizers.make_optimizer(optimizer, schedule, sorted(self.names), self.masks)
         create = functools.partial(states.create_state, self.network, self.names, self.optimizer, seed,
                                    averaged=options.ema_decay > 0, referenced=loss.name == "dpo")  # fmt: skip
         shapes = jax.eval_shape(create, {})

@@ -80,6 +80,7 @@ class Fate:
 
 def write_corpus(folder):
     """Documents of many lengths, each different."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": f"{i} " + "ab " * (i % 5)}) for i in range(DOCUMENTS)]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
 

@@ -144,11 +144,11 @@ def test_weight_decay_is_scaled_by_the_learning_rate_everywhere():
             name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5
         )
         optimizer = opt.make_optimizer(config, opt.make_schedule(config, 10), list(start))
-        params, _, ratio = opt.update(optimizer, zero, opt.init(optimizer, start), start, LOSS)
+        params, _, metrics = opt.update(optimizer, zero, opt.init(optimizer, start), start, LOSS)
         for key, leaf in params.items():
             factor = 0.95 if key.endswith("_proj/weight") else 1.0
             np.testing.assert_allclose(leaf, factor * start[key], rtol=1e-6, err_msg=f"{name}: {key}")
-        assert 0.03 < float(ratio) <= 0.05
+        assert 0.03 < float(metrics["update_ratio"]) <= 0.05
 
 
 def test_moments_keep_their_dtypes():
