@@ -308,3 +308,24 @@ def test_bad_learning_rates_of_their_own(multipliers, message):
     config = opt.OptimizerConfig(lr_multipliers=multipliers)
     with pytest.raises(ConfigError, match=message):
         opt.make_optimizer(config, lambda _: 1e-3, NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(opt.OPTIMIZERS))
+def test_a_few_parameters_at_a_time_move_as_all_together(name, monkeypatch):
+    """Parameters, state and metrics, with clipping and layers that do not train."""
+    start, gradients = stacked_and_single((6, 4), layers=4)
+    start = {**start, "model/embedder/table": jnp.ones((2, 3))}
+    assert len(opt._parts(start)) > 1
+    config = opt.OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, clip_norm=0.5)
+    masks = {key: np.asarray([[True, False], [False, True]]) for key in gradients[0]}
+    optimizer = opt.make_optimizer(config, opt.make_schedule(config, 10), list(start), masks)
+    ends = []
+    for apart in (True, False):
+        monkeypatch.setattr(opt, "runs_apart", lambda apart=apart: apart)
+        step = jax.jit(functools.partial(opt.update, optimizer))
+        params, state = start, opt.init(optimizer, start)
+        for grads in gradients:
+            grads = {**grads, "model/embedder/table": jnp.full((2, 3), 0.2)}
+            params, state, metrics = step(grads, state, params, LOSS)
+        ends.append((params, state, metrics))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), *ends)
