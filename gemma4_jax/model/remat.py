@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend import core
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.layers import FEED_FORWARD, PRODUCT
 
 CUT = "cut"  # weights of one layer, cut out of their stack
+_F32_BITS = {"exponent_bits": 8, "mantissa_bits": 23}
 
 
 def remat(config: ModelConfig, function: Callable) -> Callable:
@@ -84,7 +86,7 @@ def _on_leaves(function: Callable) -> Callable:
             layout["given"] = [next((i for i, v in enumerate(values) if v is leaf), None) for leaf in kept]
             return out, [leaf for leaf, place in zip(kept, layout["given"], strict=True) if place is None]
 
-        out, made = own_program(program, values)
+        out, made = own_program(_without_rounding_to_f32(program), values)
         return out, jax.tree_util.Partial(lambda *residuals: _pull_back(moving, layout, *residuals), values, made)
 
     def backward(pull_back, g):
@@ -109,6 +111,38 @@ def _pull_back(moving: list[int], layout: dict[str, Any], values, made, g) -> tu
     given = {place: values[place] for place in layout["given"] if place is not None}
     found = dict(zip(moving, own_program(program, given, made, live), strict=True))
     return tuple(found.get(i) for i in range(len(values)))
+
+
+def _without_rounding_to_f32(function: Callable) -> Callable:
+    """``function`` of one list of arrays, less what rounds f32 to f32.
+
+    ``jax.checkpoint`` rounds all that it keeps to its own precision, against compilers that hold more. In f32 that changes
+    nothing, and XLA:CPU copies each kept product for it.
+    """
+
+    def run(values):
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(values)
+        same: dict[Any, Any] = {}
+
+        def unrounded(atoms):
+            return [atom if isinstance(atom, core.Literal) else same.get(atom, atom) for atom in atoms]
+
+        kept = []
+        for eqn in closed.jaxpr.eqns:
+            inputs = unrounded(eqn.invars)
+            if (
+                eqn.primitive.name == "reduce_precision"
+                and eqn.params == _F32_BITS
+                and inputs[0].aval.dtype == jnp.float32
+            ):
+                same[eqn.outvars[0]] = inputs[0]
+            else:
+                kept.append(eqn.replace(invars=inputs))
+        plain = closed.jaxpr.replace(eqns=kept, outvars=unrounded(closed.jaxpr.outvars))
+        outputs = core.jaxpr_as_fun(core.ClosedJaxpr(plain, closed.consts))(*jax.tree.leaves(values))
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+    return run
 
 
 def own_program(function: Callable, *args):
