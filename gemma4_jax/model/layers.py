@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from gemma4_jax.model.apart import own_program, runs_apart
+
 PRODUCT, FEED_FORWARD = "product", "feed_forward_product"  # names of what ``remat`` may keep (``decoder``)
 
 
@@ -159,6 +161,10 @@ def soft_cap(logits: jax.Array, cap: float | None) -> jax.Array:
 
 
 def _truncated_normal(key, shape, std, dtype):
-    # 0.87962566 is the standard deviation of a unit normal cut at +-2.
-    draw = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
-    return (draw * (std / 0.87962566)).astype(dtype)
+    def draw(key):
+        # 0.87962566 is the standard deviation of a unit normal cut at +-2.
+        numbers = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+        return (numbers * (std / 0.87962566)).astype(dtype)
+
+    # One weight after the other, where many are drawn in one program.
+    return own_program(draw, key) if runs_apart() and isinstance(key, jax.core.Tracer) else draw(key)

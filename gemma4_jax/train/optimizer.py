@@ -20,7 +20,7 @@ from optax import contrib
 
 from gemma4_jax.config import unknown_name
 from gemma4_jax.errors import ConfigError
-from gemma4_jax.model.remat import own_program, runs_apart
+from gemma4_jax.model.apart import own_program, runs_apart
 from gemma4_jax.train.sharding import logical_axes
 
 Schedule = Callable[[jax.Array], jax.Array]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax.losses import LossConfig
-from gemma4_jax.model import remat
+from gemma4_jax.model import apart
 from gemma4_jax.model.decoder import layer_places
 from gemma4_jax.train import step as steps
 from gemma4_jax.train.state import Network
@@ -76,7 +76,7 @@ def test_a_program_is_called_and_not_inlined(weights):
 
     assert calls() == 2 * FLAT.num_hidden_layers
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
-        assert not remat.runs_apart()
+        assert not apart.runs_apart()
 
 
 def test_frozen_weights_have_no_gradient_made(weights):
@@ -133,5 +133,5 @@ def test_apart_of_any_function():
         return jnp.sum(out["y"] ** 2) + scaled
 
     plain = jax.value_and_grad(functools.partial(loss, function), (0, 1))(tree["w"], x)
-    apart = jax.jit(jax.value_and_grad(functools.partial(loss, remat.apart(function)), (0, 1)))(tree["w"], x)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), apart, plain)
+    found = jax.jit(jax.value_and_grad(functools.partial(loss, apart.apart(function)), (0, 1)))(tree["w"], x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, plain)
