@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -120,8 +119,14 @@ class Trainer:
         self.masks = states.layer_masks(self.network, self.names, options.trainable)
         schedule = optimizers.make_schedule(optimizer, options.steps)
         self.optimizer = optimizers.make_optimizer(optimizer, schedule, sorted(self.names), self.masks)
-        create = functools.partial(states.create_state, self.network, self.names, self.optimizer, seed,
-                                   averaged=options.ema_decay > 0, referenced=loss.name == "dpo")  # fmt: skip
+
+        def create(given):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # draws weights where they live
+                return states.create_state(
+                    self.network, self.names, self.optimizer, seed, given,
+                    averaged=options.ema_decay > 0, referenced=loss.name == "dpo",
+                )  # fmt: skip
+
         shapes = jax.eval_shape(create, {})
         self.shardings = states.state_shardings(shapes, model, self.mesh)
         self.abstract = jax.tree.map(
