@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLIENT = Path(__file__).parents[1] / "interop" / "gguf_client.py"
+CLIENT = Path(__file__).with_name("gguf_client.py")
 
 
 def ask(folder, prompts, **job):

@@ -1,16 +1,13 @@
 """GGUF files: every value read back with the package, and llama.cpp's own greedy tokens."""
 
 import dataclasses
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
 import peers
 import pytest
 import soundfile
+from llama_cpp import ask
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -121,16 +118,6 @@ def test_media_projections(source, bundle, tmp_path):
     assert keys["clip.vision.projector_type"] == "gemma4uv"
     assert keys["clip.audio.projector_type"] == "gemma4ua"
     assert keys["clip.vision.patch_size"] == 2
-
-
-def ask(folder, prompts, **job):
-    """What llama.cpp answers: one dict a prompt."""
-    job = {"model": str(folder / "model-f32.gguf"), "prompts": prompts, **job}
-    client = Path(__file__).with_name("gguf_client.py")
-    run = subprocess.run([sys.executable, client, json.dumps(job)], capture_output=True, text=True, timeout=120)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("ANSWERS ")]
-    assert lines, run.stderr[-2000:]
-    return json.loads(lines[0].removeprefix("ANSWERS "))
 
 
 def banned(bundle):
