@@ -71,12 +71,11 @@ def _pull_back(moving: list[int], layout: dict[str, Any], values, made, g) -> tu
     """Cotangents of all values, None for those that do not move. g: cotangents of the output, or SymbolicZero."""
     cotangents, tree = jax.tree.flatten(g, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
     live = {i: leaf for i, leaf in enumerate(cotangents) if not isinstance(leaf, SymbolicZero)}
-    zeros = {i: leaf for i, leaf in enumerate(cotangents) if i not in live}
 
     def program(values, made, live):
         rest = iter(made)
         kept = [next(rest) if place is None else values[place] for place in layout["given"]]
-        full = [live[i] if i in live else jnp.zeros(zeros[i].shape, zeros[i].dtype) for i in range(len(cotangents))]
+        full = [live[i] if i in live else jnp.zeros(leaf.shape, leaf.dtype) for i, leaf in enumerate(cotangents)]
         return jax.tree.unflatten(layout["tree"], kept)(jax.tree.unflatten(tree, full))
 
     given = {place: values[place] for place in layout["given"] if place is not None}

@@ -268,7 +268,8 @@ class Gemma4(nnx.Module):
                 return x, kv if is_read else None
 
             x, found = remat_apart(config, step)(state, x, ropes[kind], masks[kind])
-            kv |= {kind: found} if is_read else {}
+            if is_read:
+                kv[kind] = found
         return DecoderOutput(self.final_norm(x), kv)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -308,7 +308,8 @@ def update(optimizer: Optimizer, grads, state, params: Mapping[str, jax.Array], 
       params, state, and f32 scalars: ``gradient_norm`` (before clipping), ``update_ratio`` (norm of the update over that of
       the parameters).
     """
-    norm = optax.tree.norm(_float32(_cut(grads, optimizer.masks)))
+    grads = _cut(grads, optimizer.masks)
+    norm = optax.tree.norm(_float32(grads))
     factor = jnp.float32(1.0)
     if optimizer.clip_norm > 0:
         factor = jnp.where(norm < optimizer.clip_norm, factor, optimizer.clip_norm / norm)
@@ -334,7 +335,7 @@ def update(optimizer: Optimizer, grads, state, params: Mapping[str, jax.Array], 
 def _update_some(optimizer: Optimizer, grads, params, state, factor: jax.Array, loss: jax.Array):
     """New parameters and state of some parameters, and the squared norms ``change`` and ``size``."""
     master = _float32(params)
-    scaled = {name: factor * leaf for name, leaf in _float32(_cut(grads, optimizer.masks)).items()}
+    scaled = {name: factor * leaf for name, leaf in _float32(grads).items()}
     updates, state = optimizer.transform.update(scaled, state, master)
     updates = _cut(updates, optimizer.masks)
     squares = {name: (jnp.sum(jnp.square(updates[name])), jnp.sum(jnp.square(master[name]))) for name in params}

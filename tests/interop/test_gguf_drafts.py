@@ -3,18 +3,16 @@
 import inspect
 import pprint
 
-import jax
 import numpy as np
 import pytest
 from llama_cpp import ask
+from mini_train import mini_trainer
 
 import gemma4_jax as g4
 from gemma4_jax.config import get_preset
 from gemma4_jax.losses import LossConfig
 from gemma4_jax.text.tokenizer import train_tokenizer
 from gemma4_jax.train.optimizer import OptimizerConfig
-from gemma4_jax.train.sharding import MeshConfig
-from gemma4_jax.train.trainer import Trainer, TrainOptions
 
 VOCAB, STEPS, ROWS, LENGTH, DRAFTS = 512, 120, 8, 64, 3
 
@@ -32,15 +30,12 @@ def trained():
         drafter={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
         suppress_tokens=[tokenizer.token_id(name) for name in ("<eos>", "<turn|>", "<|tool_response>")],
     )  # fmt: skip
-    trainer = Trainer(
-        config,
+    trainer = mini_trainer(
+        model=config,
         loss=LossConfig(mtp_steps=DRAFTS),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=10),
-        options=TrainOptions(steps=STEPS),
-        mesh=MeshConfig(),
-        seed=0,
         batch_size=ROWS,
-        devices=jax.devices()[:1],
+        steps=STEPS,
     )
     rng, state = np.random.default_rng(0), trainer.init()
     shape = ROWS, LENGTH

@@ -35,11 +35,22 @@ def flattened(stacked):
     return named
 
 
-def loss_gradients(config, weights, names=None):
-    network = Network(config)
+def compiled_gradients(config, weights, names=None):
+    """The compiled gradients of the loss by some weights (None: all), and what to call it with."""
     params = {name: leaf for name, leaf in weights.items() if names is None or name in names}
     frozen = {name: leaf for name, leaf in weights.items() if name not in params}
-    return jax.jit(functools.partial(steps.gradients, network, LOSS))(params, frozen, BATCH)
+    inputs = params, frozen, BATCH
+    return jax.jit(functools.partial(steps.gradients, Network(config), LOSS)).lower(*inputs).compile(), inputs
+
+
+def loss_gradients(config, weights):
+    run, inputs = compiled_gradients(config, weights)
+    return run(*inputs)
+
+
+def calls(compiled):
+    """Programs that are called and not inlined."""
+    return sum(" call(" in line and 'inlineable="false"' in line for line in compiled.as_text().splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +78,7 @@ def test_layers_with_arrays_of_their_own_give_the_same_gradients(weights, kept):
 
 def test_a_program_is_called_and_not_inlined(weights):
     """Two for each layer in the compiled step; none where a mesh has several devices."""
-    network, own = Network(FLAT), flattened(weights)
-    gradients = functools.partial(steps.gradients, network, LOSS)
-
-    def calls():
-        text = jax.jit(lambda params: gradients(params, {}, BATCH)).lower(own).compile().as_text()
-        return sum(" call(" in line and 'inlineable="false"' in line for line in text.splitlines())
-
-    assert calls() == 2 * FLAT.num_hidden_layers
+    assert calls(compiled_gradients(FLAT, flattened(weights))[0]) == 2 * FLAT.num_hidden_layers
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
         assert not apart.runs_apart()
 
@@ -83,20 +87,12 @@ def test_frozen_weights_have_no_gradient_made(weights):
     """Only one layer's up projections train: the backward passes below it are never called."""
     own = flattened(weights)
     trained = {"model/tail/3/mlp/up_proj/weight"}
-    expected = loss_gradients(FLAT, own)[0]
-    found = loss_gradients(FLAT, own, trained)[0]
-    same(found, {name: expected[name] for name in trained})
-    network = Network(FLAT)
-
-    def lowered(names):
-        params = {name: own[name] for name in names}
-        frozen = {name: leaf for name, leaf in own.items() if name not in names}
-        run = jax.jit(functools.partial(steps.gradients, network, LOSS))
-        return run.lower(params, frozen, BATCH).compile()
-
-    text = lowered(trained).as_text()
-    assert sum(" call(" in line and 'inlineable="false"' in line for line in text.splitlines()) == 2 + 2
-    assert lowered(trained).cost_analysis()["flops"] < 0.7 * lowered(own).cost_analysis()["flops"]
+    whole, everything = compiled_gradients(FLAT, own)
+    some, inputs = compiled_gradients(FLAT, own, trained)
+    expected = whole(*everything)[0]
+    same(some(*inputs)[0], {name: expected[name] for name in trained})
+    assert calls(some) == 2 + 2
+    assert some.cost_analysis()["flops"] < 0.7 * whole.cost_analysis()["flops"]
 
 
 def test_each_layer_adds_what_it_keeps_and_no_more():
