@@ -157,14 +157,10 @@ def _state(sampler, rows: int, length: int):
     """A generation with ``length`` positions in its caches, without the time to fill them: cost depends on lengths alone."""
     import jax.numpy as jnp
 
-    from gemma4_jax.model.cache import init_cache
-    from gemma4_jax.sample.prefill import Prefix
-
-    config = sampler.config
     wanted, mode = sampler._request([[0]] * rows, 1 << 20, (0.0, 0, 1.0, 0.0, 1.0), 0, [])
-    caches = init_cache(config, rows, sampler.max_length, sampler.longest_draft, sampler.cache_dtype)
-    hidden = jnp.ones((rows, config.hidden_size), jnp.dtype(config.dtype))
-    return sampler.begin(Prefix(caches, jnp.full((rows,), length, jnp.int32), hidden), wanted, mode), wanted, mode
+    prefix = sampler.empty(rows)
+    prefix = prefix._replace(lengths=jnp.full_like(prefix.lengths, length), hidden=jnp.ones_like(prefix.hidden))
+    return sampler.begin(prefix, wanted, mode), wanted, mode
 
 
 def _round_seconds(sampler, rows: int, length: int, rounds: int, steps: int = 0):

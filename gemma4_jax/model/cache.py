@@ -18,13 +18,17 @@ batched matrix products over contiguous slots; ``(B, S, K, C)`` makes XLA transp
 Storage is float32, bfloat16, or int8 with one f32 scale for each token, head and part. bfloat16 numbers are held as their
 bits (uint16): XLA:CPU slices no bf16, and would convert a whole cache to f32 to read one block of it. Rows have lengths of
 their own, kept by the caller. Positions at or beyond a row's length are never read, whatever lies there.
+
+A network whose layers run in a loop takes the caches of like layers as one stack, ``(L*B, K, S, C)`` for L layers: the rows
+of layer i begin at ``first = i * B``. Functions that read or write touch these rows alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +36,9 @@ import numpy as np
 
 from gemma4_jax.config import FULL, SLIDING, ModelConfig
 from gemma4_jax.errors import ConfigError
+from gemma4_jax.model.apart import own_program
 from gemma4_jax.model.attention import MASKED
+from gemma4_jax.model.decoder import runs_of, scanned_layers
 from gemma4_jax.model.rope import inverse_frequencies
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.uint16, "int8": jnp.int8}  # and what holds their numbers
@@ -40,7 +46,7 @@ BLOCK = 256  # slots of a global cache read at once
 
 
 class Store(NamedTuple):
-    """One buffer. data: (B, K, S, C); scale: f32 (B, K, S, number of parts) for int8, else None."""
+    """One buffer. data: (B, K, S, C); scale: f32 (B, K, S, number of parts) for int8, else None. A stack: L*B rows."""
 
     data: jax.Array
     scale: jax.Array | None
@@ -96,10 +102,26 @@ def global_slots(max_length: int, draft_tokens: int) -> int:
     return slots if slots <= BLOCK else -(-slots // BLOCK) * BLOCK
 
 
+def cache_entries(config: ModelConfig, stacked: bool = False) -> list[tuple[str, int]]:
+    """Kind and number of layers of each entry of the caches.
+
+    One layer each, in order. stacked: the stacked layers (``scanned_layers``) have one entry for each run of like layers in
+    their group, with those of all groups; the others follow.
+    """
+    kinds, repeats = scanned_layers(config) if stacked else ((), 0)
+    stacks = [(kind, repeats * count) for kind, count in runs_of(kinds)]
+    return stacks + [(kind, 1) for kind in config.layer_types[repeats * len(kinds) :]]
+
+
 def init_cache(
-    config: ModelConfig, batch: int, max_length: int, draft_tokens: int = 0, dtype: str = "float32"
+    config: ModelConfig,
+    batch: int,
+    max_length: int,
+    draft_tokens: int = 0,
+    dtype: str = "float32",
+    stacked: bool = False,
 ) -> tuple[LayerCache, ...]:
-    """Empty caches, one entry a layer.
+    """Empty caches, one entry a layer, or fewer (``cache_entries``).
 
     Args:
       config: the model.
@@ -107,24 +129,25 @@ def init_cache(
       max_length: longest row, prompt and continuation together.
       draft_tokens: D, longest draft.
       dtype: one of ``CACHE_DTYPES``.
+      stacked: see ``cache_entries``.
 
     Raises:
       ConfigError: unknown dtype.
     """
     if dtype not in CACHE_DTYPES:
         raise ConfigError(f"cache dtype is {dtype!r}; choices: {', '.join(CACHE_DTYPES)}")
-    layers = []
-    for kind in config.layer_types:
-        layout = kind_layout(config, kind)
+    entries = []
+    for kind, layers in cache_entries(config, stacked):
+        layout, rows = kind_layout(config, kind), layers * batch
         local = kind == SLIDING
         slots = ring_slots(config, max_length, draft_tokens) if local else global_slots(max_length, draft_tokens)
-        values = None if layout.compact else _empty(layout, batch, slots, (layout.head_width,), dtype)
-        layers.append(LayerCache(_empty(layout, batch, slots, layout.key_parts, dtype), values))
-    return tuple(layers)
+        values = None if layout.compact else _empty(layout, rows, slots, (layout.head_width,), dtype)
+        entries.append(LayerCache(_empty(layout, rows, slots, layout.key_parts, dtype), values))
+    return tuple(entries)
 
 
-def _empty(layout: KindLayout, batch: int, slots: int, parts: tuple[int, ...], dtype: str) -> Store:
-    shape = (batch, layout.kv_heads, slots)
+def _empty(layout: KindLayout, rows: int, slots: int, parts: tuple[int, ...], dtype: str) -> Store:
+    shape = (rows, layout.kv_heads, slots)
     scale = jnp.zeros((*shape, len(parts)), jnp.float32) if dtype == "int8" else None
     return Store(jnp.zeros((*shape, sum(parts)), CACHE_DTYPES[dtype]), scale)
 
@@ -140,6 +163,27 @@ def cache_bytes(
         size[kind] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layer))
     per_token = size.get(FULL, 0) // global_slots(max_length, draft_tokens)
     return {**size, "total": sum(size.values()), "per_token": per_token}
+
+
+def layer_rows(cache: Any, first: jax.Array | int, batch: int) -> Any:
+    """A ``Store`` or ``LayerCache`` with the B rows of one layer alone; what holds no others is given back as it is."""
+    if all(len(x) == batch for x in jax.tree.leaves(cache)):
+        return cache
+
+    def cut(cache, first):
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, batch), cache)
+
+    # XLA would fuse it into each of its readers. One that came after a write would need a copy of the stack before it.
+    return own_program(cut, cache, first)
+
+
+def put_rows(cache: Any, rows: Any, first: jax.Array | int) -> Any:
+    """The inverse of ``layer_rows``: the cache with the rows of one layer replaced."""
+
+    def put(x, new):
+        return new if len(x) == len(new) else jax.lax.dynamic_update_slice_in_dim(x, new, first, axis=0)
+
+    return jax.tree.map(put, cache, rows)
 
 
 def ring_positions(length: jax.Array, slots: int) -> jax.Array:
@@ -222,35 +266,45 @@ def read(store: Store, parts: tuple[int, ...], dtype) -> jax.Array:
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def write_tokens(store: Store, new: Store, starts: jax.Array, ring: bool) -> Store:
+def write_tokens(store: Store, new: Store, starts: jax.Array, ring: bool, first: jax.Array | int = 0) -> Store:
     """Write T positions of every row from ``starts`` (B,) int32 on, in place inside a device loop.
 
     In a ring each position goes to its own slot; else they lie side by side. The caller sees to it that they fit.
+    first: of the layer's rows.
     """
-
-    rows, _, length, _ = new.data.shape
-    slots, zero = store.data.shape[2], jnp.int32(0)
+    length, slots, zero = new.data.shape[2], store.data.shape[2], jnp.int32(0)
 
     def put(row, buffer, values):
         one = jax.lax.dynamic_slice_in_dim(values, row, 1, axis=0)
         start = jax.lax.dynamic_index_in_dim(starts, row, keepdims=False)
         if not ring:
-            return jax.lax.dynamic_update_slice(buffer, one, (row, zero, start, zero))
+            return jax.lax.dynamic_update_slice(buffer, one, (first + row, zero, start, zero))
         for t in range(length):
             slot = jnp.mod(start + jnp.int32(t), jnp.int32(slots))
-            buffer = jax.lax.dynamic_update_slice(buffer, one[:, :, t : t + 1], (row, zero, slot, zero))
+            buffer = jax.lax.dynamic_update_slice(buffer, one[:, :, t : t + 1], (first + row, zero, slot, zero))
         return buffer
 
-    # A loop even for one row, and with a bound that XLA cannot fold: a bare update would be repeated inside the product
-    # that reads it, and the whole ring copied for that.
-    bound = jnp.where(starts[0] >= 0, jnp.int32(rows), zero)
+    return _row_by_row(put, store, new, starts)
+
+
+def _row_by_row(put: Callable[..., jax.Array], store: Store, new: Store, starts: jax.Array) -> Store:
+    """``put(row, buffer, values)`` for every row and array, in place.
+
+    A loop even for one row, and with a bound that XLA cannot fold: a bare update would be repeated inside the product that
+    reads it, and the whole ring copied for that.
+    """
+    zero = jnp.int32(0)
+    bound = jnp.where(starts[0] >= 0, jnp.int32(new.data.shape[0]), zero)
     return jax.lax.fori_loop(zero, bound, lambda row, old: jax.tree.map(lambda b, v: put(row, b, v), old, new), store)
 
 
-def write_chunk(store: Store, new: Store, starts: jax.Array, counts: jax.Array, ring: bool) -> Store:
+def write_chunk(
+    store: Store, new: Store, starts: jax.Array, counts: jax.Array, ring: bool, first: jax.Array | int = 0
+) -> Store:
     """Write the first ``counts`` (B,) of T positions of every row from ``starts`` (B,) on; the others leave no trace.
 
-    For prefill: T may exceed the ring (the newest stay) and the padded end may lie beyond the capacity.
+    For prefill: T may exceed the ring (the newest stay) and the padded end may lie beyond the capacity. A ring is given
+    alone (``layer_rows``); first: of the layer's rows in a global cache.
     """
     slots, length = store.data.shape[2], new.data.shape[2]
     if ring:
@@ -268,15 +322,13 @@ def write_chunk(store: Store, new: Store, starts: jax.Array, counts: jax.Array, 
     source = at[:, None] + jnp.arange(width, dtype=jnp.int32)[None] - starts[:, None]
     fresh = (source >= 0) & (source < counts[:, None])
 
-    def mix_block(old, values):
-        def one(old, values, at, source, fresh):
-            taken = values[:, jnp.clip(source, 0, length - 1)]
-            kept = jax.lax.dynamic_slice_in_dim(old, at, width, axis=1)
-            return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fresh[None, :, None], taken, kept), at, axis=1)
+    def put(row, buffer, values):
+        taken = values[row][:, jnp.clip(source[row], 0, length - 1)]
+        place = (first + row, jnp.int32(0), at[row], jnp.int32(0))
+        kept = jax.lax.dynamic_slice(buffer, place, (1, buffer.shape[1], width, buffer.shape[3]))
+        return jax.lax.dynamic_update_slice(buffer, jnp.where(fresh[row][None, None, :, None], taken, kept), place)
 
-        return jax.vmap(one)(old, values, at, source, fresh)
-
-    return jax.tree.map(mix_block, store, new)
+    return _row_by_row(put, store, new, starts)
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -308,13 +360,16 @@ def _masked(layout: KindLayout, scores: jax.Array, mask: jax.Array) -> jax.Array
     return scores.reshape(b, kv, m, s)
 
 
-def attend_blocks(layout: KindLayout, q: jax.Array, cache: LayerCache, last: jax.Array) -> jax.Array:
+def attend_blocks(
+    layout: KindLayout, q: jax.Array, cache: LayerCache, last: jax.Array, first: jax.Array | int = 0
+) -> jax.Array:
     """Attention over a global cache in blocks: reads no more of it than the longest row has written.
 
     Args:
       q: (B, K, M, C) from ``query_form``.
       cache: slots are positions.
       last: int32 (B, T), the last position that each query may read; at least 0.
+      first: of the layer's rows.
 
     Returns:
       (B, K, M, H) in q's dtype.
@@ -325,7 +380,11 @@ def attend_blocks(layout: KindLayout, q: jax.Array, cache: LayerCache, last: jax
     index = jnp.arange(block, dtype=jnp.int32)
 
     def cut(store, start):
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=2), store)
+        def some(x):
+            place = (jnp.int32(first), jnp.int32(0), start, jnp.int32(0))
+            return jax.lax.dynamic_slice(x, place, (b, x.shape[1], block, x.shape[3]))
+
+        return jax.tree.map(some, store)
 
     def step(i, carry):
         top, total, out = carry

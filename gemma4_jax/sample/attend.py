@@ -7,6 +7,7 @@ Each returns (output, new LayerCache); one object serves one pass over all layer
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,23 +29,23 @@ class DecodeAttend:
     config: ModelConfig
     lengths: jax.Array  # (B,) int32: positions already in the cache
 
-    def layer(self, cache: LayerCache):
-        """The ``attend`` of one layer."""
+    def layer(self, cache: LayerCache, first: jax.Array | int = 0):
+        """The ``attend`` of one layer, whose rows of the cache begin at ``first``."""
 
         def attend(attention, q, k, v):
             layout = kv.kind_layout(self.config, attention.kind)
             length, ring = q.shape[1], attention.kind == SLIDING
-            new = _write(layout, cache, k, v, lambda old, x: kv.write_tokens(old, x, self.lengths, ring))
+            new = _write(layout, cache, k, v, lambda old, x: kv.write_tokens(old, x, self.lengths, ring, first))
             rows = kv.query_form(layout, q, attention.k_norm.weight[...])
             last = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
             if ring:
                 positions = kv.ring_positions(self.lengths + length, new.keys.data.shape[2])
                 mask = attention_mask(SLIDING, self.config.sliding_window, last, positions)
                 mask = mask & (positions >= 0)[:, None]
-                keys, values = _read_both(layout, new, q.dtype)
+                keys, values = _read_both(layout, kv.layer_rows(new, first, len(q)), q.dtype)
                 out = kv.attend_whole(layout, rows, keys, values, mask)
             else:
-                out = kv.attend_blocks(layout, rows, new, last)
+                out = kv.attend_blocks(layout, rows, new, last, first)
             return kv.heads_of_rows(out, length), new
 
         return attend
@@ -59,19 +60,24 @@ class PrefillAttend:
     counts: jax.Array  # (B,) int32
     runs: jax.Array | None = None  # (B, T) int32: image run of each position, -1 outside
 
-    def layer(self, cache: LayerCache):
-        """The ``attend`` of one layer."""
+    def layer(self, cache: LayerCache, first: jax.Array | int = 0):
+        """The ``attend`` of one layer, whose rows of the cache begin at ``first``."""
+
+        def put(ring, old, x):
+            return kv.write_chunk(old, x, self.starts, self.counts, ring, first)
 
         def attend(attention, q, k, v):
             layout = kv.kind_layout(self.config, attention.kind)
             length, ring = q.shape[1], attention.kind == SLIDING
-            new = _write(layout, cache, k, v, lambda old, x: kv.write_chunk(old, x, self.starts, self.counts, ring))
             rows = kv.query_form(layout, q, attention.k_norm.weight[...])
             if ring:
-                out = self._local(layout, cache, rows, k, v)
+                old = kv.layer_rows(cache, first, len(q))
+                new = kv.put_rows(cache, _write(layout, old, k, v, functools.partial(put, ring)), first)
+                out = self._local(layout, old, rows, k, v)
             else:
+                new = _write(layout, cache, k, v, functools.partial(put, ring))
                 offsets = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None], self.counts[:, None] - 1)
-                out = kv.attend_blocks(layout, rows, new, jnp.maximum(self.starts[:, None] + offsets, 0))
+                out = kv.attend_blocks(layout, rows, new, jnp.maximum(self.starts[:, None] + offsets, 0), first)
             return kv.heads_of_rows(out, length), new
 
         return attend
@@ -130,27 +136,29 @@ def _read_both(layout, cache: LayerCache, dtype):
     return keys, kv.read(cache.values, (layout.head_width,), dtype)
 
 
-def drafter_attend(config: ModelConfig, caches: dict[str, LayerCache], key_norms: dict[str, jax.Array], lengths):
+def drafter_attend(
+    config: ModelConfig, caches: dict[str, tuple[LayerCache, int]], key_norms: dict[str, jax.Array], lengths
+):
     """The drafter's ``attend``: the target's caches as they are, keys before each row's newest token only.
 
     Sliding drafter layers see the last W+1 rows (mtp.md: forward).
 
     Args:
-      caches: layer kind -> cache of the target's last layer of that kind.
+      caches: layer kind -> cache of the target's last layer of that kind, and where its rows begin there.
       key_norms: layer kind -> that layer's key norm (H,), for the compact form.
       lengths: (B,) int32, positions in the cache, at least 1.
     """
 
     def attend(attention, q):
         kind = attention.kind
-        layout, cache = kv.kind_layout(config, kind), caches[kind]
+        layout, (cache, first) = kv.kind_layout(config, kind), caches[kind]
         rows = kv.query_form(layout, q, key_norms[kind])
         if kind == FULL:
-            out = kv.attend_blocks(layout, rows, cache, lengths[:, None] - 1)
+            out = kv.attend_blocks(layout, rows, cache, lengths[:, None] - 1, first)
         else:
             positions = kv.ring_positions(lengths, cache.keys.data.shape[2])
             mask = (positions >= 0) & (positions >= lengths[:, None] - 1 - config.sliding_window)
-            keys, values = _read_both(layout, cache, q.dtype)
+            keys, values = _read_both(layout, kv.layer_rows(cache, first, len(q)), q.dtype)
             out = kv.attend_whole(layout, rows, keys, values, mask[:, None])
         return kv.heads_of_rows(out, q.shape[1]), None
 

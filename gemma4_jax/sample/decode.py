@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from gemma4_jax.model.cache import LayerCache
-from gemma4_jax.model.decoder import last_of_kind
 from gemma4_jax.model.rope import rope_table
 from gemma4_jax.sample.attend import DecodeAttend, drafter_attend
 from gemma4_jax.sample.choose import Controls, Mode, choose, position_noise
@@ -88,11 +87,8 @@ def verify(target: ReadTarget, state: State, tokens: jax.Array) -> tuple[tuple[L
     ropes = {kind: rope_table(config, kind, positions) for kind in dict.fromkeys(config.layer_types)}
     attend = DecodeAttend(config, state.lengths)
     x = target.embedder.encode(tokens, jnp.dtype(config.dtype))
-    caches = []
-    for block, cache in zip(target.blocks, state.caches, strict=True):
-        x, new = block(x, ropes[block.kind], attend.layer(cache))
-        caches.append(new)
-    return tuple(caches), target.final_norm(x)
+    x, caches = target.layers(x, ropes, attend, state.caches)
+    return caches, target.final_norm(x)
 
 
 def draft(
@@ -108,24 +104,27 @@ def draft(
         return drafter(target, state, request, mode, steps, noise)
     config = target.config
     kinds = tuple(dict.fromkeys(config.drafter.layer_types))
-    last = {kind: last_of_kind(config, kind) for kind in kinds}
     ropes = {kind: rope_table(config, kind, state.lengths[:, None]) for kind in kinds}
     attend = drafter_attend(
         config,
-        {kind: state.caches[i] for kind, i in last.items()},
-        {kind: target.blocks[i].self_attn.k_norm.weight[...] for kind, i in last.items()},
+        {kind: target.last_cache(kind, state.caches, len(state.lengths)) for kind in kinds},
+        {kind: target.last_key_norm(kind) for kind in kinds},
         state.lengths,
     )
-    token, hidden, seen, drafted = state.newest, state.hidden[:, None], state.seen, []
-    for j in range(steps):
+
+    def step(carry, noise):
+        token, hidden, seen = carry
         seen = _mark(seen, token)
         embedding = target.embedder.encode(token[:, None], hidden.dtype)
         y, hidden = drafter.step(drafter.project_embedding(embedding), hidden, ropes, attend)
         logits = drafter.logits(y) + request.bias
-        step_noise = None if noise is None else noise[:, j : j + 1]
+        step_noise = None if noise is None else noise[:, None]
         token = choose(logits, request.controls, mode, step_noise, None if seen is None else seen[:, None])[:, 0]
-        drafted.append(token)
-    return jnp.stack(drafted, axis=1)
+        return (token, hidden, seen), token
+
+    start = state.newest, state.hidden[:, None], state.seen
+    each = None if noise is None else noise[:, :steps].swapaxes(0, 1)
+    return jax.lax.scan(step, start, each, length=steps)[1].swapaxes(0, 1)
 
 
 def decode_rounds(

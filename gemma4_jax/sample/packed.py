@@ -43,8 +43,8 @@ def default_form() -> str:
     return "pallas" if jax.devices()[0].platform in ("gpu", "tpu") else "integer"
 
 
-def choose_form(modules: Sequence[nnx.Module], form: str | None) -> str:
-    """Let every packed product of readable networks take one form; None: the device's. Logs and returns it.
+def chosen_form(form: str | None) -> str:
+    """A checked form; None: the device's.
 
     Raises:
       ConfigError: an unknown form.
@@ -52,24 +52,44 @@ def choose_form(modules: Sequence[nnx.Module], form: str | None) -> str:
     form = form or default_form()
     if form not in FORMS:
         raise unknown_name("packed_product", form, FORMS)
+    return form
+
+
+def reads_blocks(scheme: str, form: str) -> bool:
+    """Whether a form reads matrices of a scheme block by block, so that it may as well read them out of a stack."""
+    return form == "blocked" or (form == "integer" and scheme == "int4")
+
+
+def set_form(modules: Sequence[nnx.Module], form: str) -> None:
+    """Let every packed product of readable networks take one form, and log it."""
     nodes = [node for module in modules for _, node in nnx.iter_modules(module)]
     packed = [node for node in nodes if isinstance(node, (ReadPacked, ReadPackedEmbedder))]
     for node in packed:
         node.form = form
     log.info("%d packed products in form %r%s", len(packed), form, _EXCEPT.get(form, ""))
-    return form
 
 
-def read_packed(x: jax.Array, values: jax.Array, scale: jax.Array, form: str) -> jax.Array:
-    """``x @ unpack(values, scale).T``: x (..., I) -> f32 (..., O), accumulated in f32."""
+def read_packed(
+    x: jax.Array, values: jax.Array, scale: jax.Array, form: str, place: jax.Array | None = None
+) -> jax.Array:
+    """``x @ unpack(values, scale).T``: x (..., I) -> f32 (..., O), accumulated in f32.
+
+    place: values and scale are stacks, their leading axes counted as one, and this is the matrix meant (int32). Only what
+    ``reads_blocks`` copies none of it.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    y = _PRODUCTS[form](rows, values, scale)
+    if form == "integer" and not (values.dtype == jnp.int8 and scale.shape[-1] == 1 and len(rows) <= INTEGER_ROWS):
+        form = "blocked"
+    if form == "blocked":
+        y = _blocked(rows, values, scale, place)
+    else:
+        if place is not None:
+            values, scale = (stack.reshape(-1, *stack.shape[-2:])[place] for stack in (values, scale))
+        y = _PRODUCTS[form](rows, values, scale)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _integer(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    if values.dtype != jnp.int8 or scale.shape[1] > 1 or x.shape[0] > INTEGER_ROWS:
-        return _blocked(x, values, scale)
     digits, step = _digits(x.astype(jnp.float32))
     sums = jnp.einsum("kmi,oi->kmo", digits, values, preferred_element_type=jnp.int32)
     # A product of digits is at most 2^14, so that int32 holds the sums of 2^17 inputs; f32 rounds each once.
@@ -96,8 +116,8 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.optimization_barrier((jnp.stack(digits), step))
 
 
-def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    outputs, count = values.shape[0], x.shape[0]
+def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array | None) -> jax.Array:
+    outputs, count = values.shape[-2], x.shape[0]
     width = x.shape[1]
     size = min(outputs, max(16, BLOCK_NUMBERS // width // 16 * 16))
     x = jax.lax.optimization_barrier(x.astype(jnp.float32))
@@ -106,7 +126,7 @@ def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     def block(i, y):
         # The last block begins earlier where the rows do not fill it, and writes some outputs again.
         start = jnp.minimum(i * size, outputs - size)
-        some = [jax.lax.dynamic_slice_in_dim(part, start, size) for part in (values, scale)]
+        some = [_rows(part, place, start, size) for part in (values, scale)]
         new = _block_int8(x, *some) if halves is None else _block_int4(halves, *some)
         return jax.lax.dynamic_update_slice(y, new, (jnp.int32(0), start))
 
@@ -114,6 +134,14 @@ def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     # All of it is written over. Zeros would do, but they wait for nothing: XLA then makes those of all layers at the start.
     start = jnp.broadcast_to(x[:1, :1], (count, outputs))
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(blocks), block, start)
+
+
+def _rows(part: jax.Array, place: jax.Array | None, start: jax.Array, size: int) -> jax.Array:
+    """Rows of a matrix, or of one in a stack."""
+    if place is None:
+        return jax.lax.dynamic_slice_in_dim(part, start, size)
+    stack = part.reshape(-1, *part.shape[-2:])
+    return jax.lax.dynamic_slice(stack, (place, start, jnp.int32(0)), (1, size, stack.shape[2]))[0]
 
 
 def _product(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -154,13 +182,15 @@ def _unpacked(x, values, scale):
     return _product(x.astype(jnp.float32), unpack(values, scale))
 
 
-_PRODUCTS = {"integer": _integer, "blocked": _blocked, "pallas": _pallas, "unpacked": _unpacked}
+_PRODUCTS = {"integer": _integer, "pallas": _pallas, "unpacked": _unpacked}
 
 
 class ReadPacked(nnx.Module):
-    """Packed linear maps of one input, their outputs side by side. values, scale: of each map, as they were."""
+    """Packed linear maps of one input, their outputs side by side. values, scale: of each map, as they were; stacks if there
+    is a ``place`` in them."""
 
     lora: nnx.Module | None = None
+    place: jax.Array | None = None
 
     def __init__(self, *sources: QuantizedLinear, columns: slice | None = None):
         """Their arrays are shared, unless only some ``columns`` are taken."""
@@ -174,7 +204,7 @@ class ReadPacked(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
         pairs = zip(self.values, self.scales, strict=True)
-        parts = [read_packed(x, values[...], scale[...], self.form) for values, scale in pairs]
+        parts = [read_packed(x, values[...], scale[...], self.form, self.place) for values, scale in pairs]
         y = (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)).astype(x.dtype)
         return y if self.lora is None else y + self.lora(x)
 

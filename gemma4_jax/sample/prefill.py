@@ -112,10 +112,7 @@ def prefill_chunk(
     positions = prefix.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     ropes = {kind: rope_table(config, kind, positions) for kind in dict.fromkeys(config.layer_types)}
     attend = PrefillAttend(config, prefix.lengths, counts, runs)
-    caches = []
-    for block, cache in zip(target.blocks, prefix.caches, strict=True):
-        x, new = block(x, ropes[block.kind], attend.layer(cache))
-        caches.append(new)
+    x, caches = target.layers(x, ropes, attend, prefix.caches)
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     hidden = jnp.where((counts > 0)[:, None], target.final_norm(last), prefix.hidden)
-    return Prefix(tuple(caches), prefix.lengths + counts, hidden)
+    return Prefix(caches, prefix.lengths + counts, hidden)

@@ -33,11 +33,11 @@ def _traced(function):
     return counting
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "max_length", "draft_tokens", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "batch", "max_length", "draft_tokens", "dtype", "stacked"))
 @_traced
-def empty(*, config, batch, max_length, draft_tokens, dtype) -> prefill.Prefix:
+def empty(*, config, batch, max_length, draft_tokens, dtype, stacked) -> prefill.Prefix:
     """What prefill starts from: see ``init_cache`` for the arguments."""
-    caches = init_cache(config, batch, max_length, draft_tokens, dtype)
+    caches = init_cache(config, batch, max_length, draft_tokens, dtype, stacked)
     hidden = jnp.zeros((batch, config.hidden_size), jnp.dtype(config.dtype))
     return prefill.Prefix(caches, jnp.zeros((batch,), jnp.int32), hidden)
 

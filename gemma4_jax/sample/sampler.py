@@ -22,7 +22,7 @@ from gemma4_jax.model.cache import CACHE_DTYPES, cache_bytes
 from gemma4_jax.model.masks import image_runs
 from gemma4_jax.sample import decode, prefill, programs, request
 from gemma4_jax.sample.choose import Controls, Mode
-from gemma4_jax.sample.packed import choose_form
+from gemma4_jax.sample.packed import chosen_form, reads_blocks, set_form
 from gemma4_jax.sample.policy import DraftPolicy, parse_draft_tokens
 from gemma4_jax.sample.weights import ReadDrafter, ReadTarget
 
@@ -125,11 +125,13 @@ class Sampler:
         self._compile_seconds = 0.0
         self.chunk = min(chunk, max_length)
         self._model = bundle.model
-        target = ReadTarget(bundle.model, release)
+        self.packed_product = None if config.quantization is None else chosen_form(packed_product)
+        looped = self.packed_product is not None and reads_blocks(config.quantization, self.packed_product)
+        target = ReadTarget(bundle.model, release, looped)
         drafter = None if bundle.drafter is None else ReadDrafter(bundle.drafter)
-        self.packed_product = None
-        if config.quantization is not None:
-            self.packed_product = choose_form([target] + ([] if drafter is None else [drafter]), packed_product)
+        if self.packed_product is not None:
+            set_form([target] + ([] if drafter is None else [drafter]), self.packed_product)
+        self._looped = target.looped
         self._target = nnx.split(target)
         self._drafter = (None, None) if drafter is None else nnx.split(drafter)
         self._bias = jnp.asarray(request.suppression(config))
@@ -277,6 +279,11 @@ class Sampler:
         """See ``gemma4_jax.sample.decode.begin``."""
         return self._call(programs.begin, self._target, (prefix, wanted, seen), mode=mode)
 
+    def empty(self, batch: int) -> prefill.Prefix:
+        """Fresh caches of B rows, with nothing in them."""
+        sizes = dict(batch=batch, max_length=self.max_length, draft_tokens=self.longest_draft, dtype=self.cache_dtype)
+        return self._call(programs.empty, (), (), config=self.config, stacked=self._looped, **sizes)
+
     def prefill(self, rows: Sequence[np.ndarray], prepared=None, chunks: Sequence[prefill.Chunk] | None = None):
         """Run prompts through the network into fresh caches: a ``Prefix``.
 
@@ -286,8 +293,7 @@ class Sampler:
           chunks: calls to make; None: as planned by ``plan_chunks``.
         """
         count = len(rows)
-        sizes = dict(batch=count, max_length=self.max_length, draft_tokens=self.longest_draft, dtype=self.cache_dtype)
-        prefix = self._call(programs.empty, (), (), config=self.config, **sizes)
+        prefix = self.empty(count)
         runs = embeddings = None
         if prepared is not None and prepared.media is not None:
             runs = np.asarray(image_runs(jnp.asarray(prepared.token_types, jnp.int32)))

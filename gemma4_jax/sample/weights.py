@@ -5,11 +5,17 @@ Axis letters: D model width, F feed-forward width, O outputs, I inputs, V vocabu
 Training keeps its layers stacked; slices of a stack inside a compiled loop cost several times a plain array, so
 sampling takes a list of layers with arrays of their own. Projections of one input are one array: q/k/v ``(O_q + O_k +
 O_v, D)``, gate/up ``(2F, D)``.
+
+Packed weights that are read in blocks (``packed.reads_blocks``) stay stacked, and their layers run in a loop: a block is
+cut out of a stack as it is out of a matrix, and the compiler sees one layer of each kind instead of all (48 layers of
+the 12B: 20 seconds and 0.6 GB a program).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,11 +25,14 @@ import numpy as np
 from flax import nnx
 
 from gemma4_jax.model.attention import Attention
+from gemma4_jax.model.cache import LayerCache, cache_entries
 from gemma4_jax.model.decoder import Block, Gemma4, runs_of, scanned_layers
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.layers import Embedder, FeedForward, Linear, embedding_scale, soft_cap
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
 from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed
+
+log = logging.getLogger(__name__)
 
 SMALL = 1 << 19  # numbers of a matrix that stays in a core's cache
 
@@ -92,7 +101,7 @@ class ReadAdapters(nnx.Module):
 
 def _outputs(source: Linear) -> int:
     """Outputs of a map."""
-    return (source.scale if are_packed([source]) else source.weight)[...].shape[0]
+    return (source.scale if are_packed([source]) else source.weight)[...].shape[-2]
 
 
 def read_linear(*sources: Linear, columns: slice | None = None) -> ReadLinear | ReadPacked:
@@ -204,18 +213,92 @@ class ReadDrafter(Drafter):
         return self.hidden_projection(hidden)
 
 
-class ReadTarget(nnx.Module):
-    """The decoder laid out for reading: embedder, blocks (one a layer), final_norm.
+class ReadStack(nnx.Module):
+    """Like layers that run in a loop: ``count`` in each group. Arrays of ``block`` have two leading axes (group, layer), those
+    of packed weights among them."""
 
-    ``release`` frees the stacked arrays of ``model`` while they are copied, so that weights are held once; its blocks cannot
-    be used any more then, its embedders can.
+    def __init__(self, run: Block, count: int):
+        self.block, self.count = _readable(run), count
+
+    def layer(self, group: jax.Array, index: jax.Array) -> Block:
+        """One layer. Its packed products know their place in the stack; other arrays are small, and cut out."""
+        graph, state = nnx.split(self.block)
+
+        def cut(variable):
+            return variable if isinstance(variable, Quantized) else variable.replace(variable.get_value()[group, index])
+
+        block = nnx.merge(graph, jax.tree.map(cut, state, is_leaf=lambda node: isinstance(node, nnx.Variable)))
+        for _, node in nnx.iter_modules(block):
+            if isinstance(node, ReadPacked):
+                node.place = group * self.count + index
+        return block
+
+
+class ReadTarget(nnx.Module):
+    """The decoder laid out for reading: embedder, stacks (``ReadStack``: layers that run in a loop), blocks (one for each
+    other layer), final_norm.
+
+    looped: leave stacked layers stacked; their matrices must be packed, for a product that ``reads_blocks``. ``release``
+    frees the stacked arrays of ``model`` while they are copied, so that weights are held once; its blocks cannot be used
+    any more then, its embedders can.
     """
 
-    def __init__(self, model: Gemma4, release: bool = False):
+    def __init__(self, model: Gemma4, release: bool = False, looped: bool = False):
         self.config = model.config
+        kinds, self.repeats = scanned_layers(model.config)
+        self.looped = looped and self.repeats > 0
+        if self.looped:
+            log.info("%d layers run in a loop over stacked weights", self.repeats * len(kinds))
         self.embedder = _read_embedder(model.embedder)
-        self.blocks = nnx.List([_readable(block) for block in _blocks(model, release)])
+        runs = zip(model.groups.runs, runs_of(kinds), strict=True) if self.looped else ()
+        self.stacks = nnx.List([ReadStack(run, count) for run, (_, count) in runs])
+        blocks = model.tail if self.looped else _blocks(model, release)
+        self.blocks = nnx.List([_readable(block) for block in blocks])
         self.final_norm = model.final_norm
+
+    def layers(self, x: jax.Array, ropes, attend, caches: tuple[LayerCache, ...]):
+        """All layers: x (B, T, D) -> (B, T, D), and the new caches.
+
+        Args:
+          ropes: by layer kind.
+          attend: ``DecodeAttend`` or ``PrefillAttend``.
+          caches: as ``init_cache`` lays them out (``stacked`` if looped).
+        """
+        batch, count = len(x), len(self.stacks)
+
+        def layer(stack, group, index, carry):
+            block = stack.layer(group, index)
+            first = (group * stack.count + index) * batch
+            return block(carry[0], ropes[block.kind], attend.layer(carry[1], first))
+
+        def group(group, carry):
+            x, caches = carry[0], list(carry[1])
+            for i, stack in enumerate(self.stacks):
+                run = functools.partial(layer, stack, group)
+                x, caches[i] = jax.lax.fori_loop(jnp.int32(0), jnp.int32(stack.count), run, (x, caches[i]))
+            return x, tuple(caches)
+
+        done = caches[:count]
+        if self.looped:
+            x, done = jax.lax.fori_loop(jnp.int32(0), jnp.int32(self.repeats), group, (x, done))
+        for block, cache in zip(self.blocks, caches[count:], strict=True):
+            x, new = block(x, ropes[block.kind], attend.layer(cache))
+            done = (*done, new)
+        return x, done
+
+    def last_cache(self, kind: str, caches: tuple[LayerCache, ...], batch: int) -> tuple[LayerCache, int]:
+        """The cache of the last layer of a kind, and where its rows begin there."""
+        entries = cache_entries(self.config, self.looped)
+        index = max(i for i, (own, _) in enumerate(entries) if own == kind)
+        return caches[index], (entries[index][1] - 1) * batch
+
+    def last_key_norm(self, kind: str) -> jax.Array:
+        """The key norm (H,) of the last layer of a kind."""
+        for block in reversed(self.blocks):
+            if block.kind == kind:
+                return block.self_attn.k_norm.weight[...]
+        stack = next(stack for stack in reversed(self.stacks) if stack.block.kind == kind)
+        return stack.block.self_attn.k_norm.weight[...][-1, -1]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Soft-capped f32 logits: hidden (..., D) -> (..., V)."""
