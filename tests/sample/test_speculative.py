@@ -122,10 +122,15 @@ def test_draft_logits_use_exactly_the_accepted_keys(case):
     wanted, mode = sampler._request(rows, NEW, (0.0, 0, 1.0, 0.0, 1.0), 0, [])
     state = sampler._begin(rows, None, wanted, mode)
     target, (graph, drafter_weights) = sampler._target, sampler._drafter
-    ours = jax.jit(_draft_logits, static_argnums=(0, 2))
+    seen = []
+    ours = jax.jit(_recorded_draft, static_argnums=(0, 2, 5))
     theirs = jax.jit(lambda model, drafter, tokens, at: _rollout(model, drafter, tokens, at, DRAFT))
     for _ in range(4):
-        got = ours(target[0], target[1], graph, drafter_weights, state)
+        seen.clear()
+        jax.block_until_ready(ours(target[0], target[1], graph, drafter_weights, state, seen.append))
+        jax.effects_barrier()
+        got = np.concatenate(seen, axis=1)
+        assert got.shape[1] == DRAFT
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             at = int(state.lengths[row])
             whole = [*prompt, *answer][: at + 1]
@@ -139,18 +144,22 @@ def test_draft_logits_use_exactly_the_accepted_keys(case):
         )
 
 
-def _draft_logits(target_graph, weights, graph, drafter_weights, state):
-    """(B, steps, V): logits of every draft step, by way of the loop's own function with a recording drafter."""
+def _recorded_draft(target_graph, weights, graph, drafter_weights, state, record):
+    """Drafts by way of the loop's own function; ``record`` gets the logits (B, 1, V) of every step."""
     from flax import nnx
 
     target, drafter = nnx.merge(target_graph, weights), nnx.merge(graph, drafter_weights)
-    seen = []
     plain = drafter.embedder.decode
-    object.__setattr__(drafter.embedder, "decode", lambda y: seen.append(plain(y)) or seen[-1])
+
+    def decode_and_record(y):
+        logits = plain(y)
+        jax.debug.callback(record, logits, ordered=True)
+        return logits
+
+    object.__setattr__(drafter.embedder, "decode", decode_and_record)
     bias = jnp.zeros((target.config.vocab_size,), jnp.float32)
     request = decode.Request(None, None, bias, None)
-    decode.draft(target, drafter, state, request, GREEDY, DRAFT, None)
-    return jnp.concatenate(seen, axis=1)
+    return decode.draft(target, drafter, state, request, GREEDY, DRAFT, None)
 
 
 def _rollout(model, drafter, tokens, at, steps):
