@@ -263,6 +263,14 @@ def read(store: Store, parts: tuple[int, ...], dtype) -> jax.Array:
     return (store.data.astype(jnp.float32) * scale).astype(dtype)
 
 
+def read_both(layout: KindLayout, cache: LayerCache, dtype) -> tuple[jax.Array, jax.Array]:
+    """Keys (B, K, S, C) and values (B, K, S, H) as numbers in the activation dtype."""
+    keys = read(cache.keys, layout.key_parts, dtype)
+    if cache.values is None:
+        return keys, keys[..., : layout.head_width]
+    return keys, read(cache.values, (layout.head_width,), dtype)
+
+
 # --------------------------------------------------------------------------------------------------------- writing
 
 
@@ -375,25 +383,21 @@ def attend_blocks(
       (B, K, M, H) in q's dtype.
     """
     b, kv, m, _ = q.shape
-    block = min(BLOCK, cache.keys.data.shape[2])
-    blocks = jnp.max(last) // block + 1
-    index = jnp.arange(block, dtype=jnp.int32)
+    slots = cache.keys.data.shape[2]
+    if slots <= BLOCK:  # one block: no loop
+        mask = jnp.arange(slots, dtype=jnp.int32) <= last[:, :, None]
+        return attend_whole(layout, q, *read_both(layout, layer_rows(cache, first, b), q.dtype), mask)
+    blocks = jnp.max(last) // BLOCK + 1
+    index = jnp.arange(BLOCK, dtype=jnp.int32)
 
-    def cut(store, start):
-        def some(x):
-            place = (jnp.int32(first), jnp.int32(0), start, jnp.int32(0))
-            return jax.lax.dynamic_slice(x, place, (b, x.shape[1], block, x.shape[3]))
-
-        return jax.tree.map(some, store)
+    def cut(x, start):
+        place = (jnp.int32(first), jnp.int32(0), start, jnp.int32(0))
+        return jax.lax.dynamic_slice(x, place, (b, x.shape[1], BLOCK, x.shape[3]))
 
     def step(i, carry):
         top, total, out = carry
-        start = i * block
-        keys = read(cut(cache.keys, start), layout.key_parts, q.dtype)
-        if cache.values is None:
-            values = keys[..., : layout.head_width]
-        else:
-            values = read(cut(cache.values, start), (layout.head_width,), q.dtype)
+        start = i * BLOCK
+        keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), q.dtype)
         scores = jnp.einsum("bkmc,bksc->bkms", q, keys, preferred_element_type=jnp.float32)
         scores = _masked(layout, scores, (start + index)[None, None] <= last[:, :, None])
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))

@@ -42,7 +42,7 @@ class DecodeAttend:
                 positions = kv.ring_positions(self.lengths + length, new.keys.data.shape[2])
                 mask = attention_mask(SLIDING, self.config.sliding_window, last, positions)
                 mask = mask & (positions >= 0)[:, None]
-                keys, values = _read_both(layout, kv.layer_rows(new, first, len(q)), q.dtype)
+                keys, values = kv.read_both(layout, kv.layer_rows(new, first, len(q)), q.dtype)
                 out = kv.attend_whole(layout, rows, keys, values, mask)
             else:
                 out = kv.attend_blocks(layout, rows, new, last, first)
@@ -86,7 +86,7 @@ class PrefillAttend:
         """Over the ring as it was before the chunk, and the chunk: early queries need keys that it overwrites."""
         config, length = self.config, k.shape[1]
         old = kv.ring_positions(self.starts, cache.keys.data.shape[2])
-        ring = _LocalKeys(*_read_both(layout, cache, k.dtype), old, old >= 0, jnp.full_like(old, OUTSIDE))
+        ring = _LocalKeys(*kv.read_both(layout, cache, k.dtype), old, old >= 0, jnp.full_like(old, OUTSIDE))
         offsets = jnp.arange(length, dtype=jnp.int32)[None]
         positions = self.starts[:, None] + offsets
         runs = jnp.full_like(positions, OUTSIDE) if self.runs is None else self.runs
@@ -129,13 +129,6 @@ def _write(layout, cache: LayerCache, k, v, put) -> LayerCache:
     return LayerCache(stored_keys, put(cache.values, kv.encode(values, cache.values, (layout.head_width,))))
 
 
-def _read_both(layout, cache: LayerCache, dtype):
-    keys = kv.read(cache.keys, layout.key_parts, dtype)
-    if cache.values is None:
-        return keys, keys[..., : layout.head_width]
-    return keys, kv.read(cache.values, (layout.head_width,), dtype)
-
-
 def drafter_attend(
     config: ModelConfig, caches: dict[str, tuple[LayerCache, int]], key_norms: dict[str, jax.Array], lengths
 ):
@@ -158,7 +151,7 @@ def drafter_attend(
         else:
             positions = kv.ring_positions(lengths, cache.keys.data.shape[2])
             mask = (positions >= 0) & (positions >= lengths[:, None] - 1 - config.sliding_window)
-            keys, values = _read_both(layout, kv.layer_rows(cache, first, len(q)), q.dtype)
+            keys, values = kv.read_both(layout, kv.layer_rows(cache, first, len(q)), q.dtype)
             out = kv.attend_whole(layout, rows, keys, values, mask[:, None])
         return kv.heads_of_rows(out, q.shape[1]), None
 
