@@ -176,6 +176,8 @@ def _read_container(file: Any, name: str, source_fps: float | None, choose: Call
             if not container.streams.video:
                 raise MediaError(f"{name} has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise MediaError(f"{name} cannot be decoded: its video stream names no codec that is known")
             images.check_pixels(stream.width, stream.height, name)
             total = stream.frames or _count_packets(container, stream)
             if total > MAX_FRAMES:

@@ -143,6 +143,13 @@ def mp4_bytes():
 FILES = {form: animated(form, 3) for form in ("GIF", "WEBP")} | {"MP4": mp4_bytes()}
 
 
+def test_a_stream_without_a_codec():
+    """A file that ends where its stream has said that it is a video, but not yet of which kind."""
+    file = FILES["MP4"]
+    with pytest.raises(MediaError, match="names no codec that is known"):
+        prepare_video(file[: file.index(b"vide") + 4], num_frames=3)
+
+
 @settings(max_examples=90, deadline=None)
 @given(mutated(FILES))
 @pytest.mark.filterwarnings("ignore::UserWarning")
