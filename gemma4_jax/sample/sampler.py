@@ -349,8 +349,9 @@ class Sampler:
         state, out = self.run_rounds(state, wanted, mode, steps, rounds)
         seconds = time.perf_counter() - started - (self._compile_seconds - compiled)
         run.count(steps, out, seconds)
-        row_rounds = int(out.rounds.sum())
-        policy.record(steps, int(out.rounds.max()), seconds, row_rounds, out.accepted.sum(axis=0).tolist())
+        if self._compile_seconds == compiled:  # a program's first run takes ten times what the next ones do
+            row_rounds = int(out.rounds.sum())
+            policy.record(steps, int(out.rounds.max()), seconds, row_rounds, out.accepted.sum(axis=0).tolist())
         run.take(out.tokens, out.drafted, out.counts, np.asarray(state.finished) != decode.RUNNING)
         return state
 
