@@ -7,7 +7,6 @@ Each returns (output, new LayerCache); one object serves one pass over all layer
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -63,19 +62,20 @@ class PrefillAttend:
     def layer(self, cache: LayerCache, first: jax.Array | int = 0):
         """The ``attend`` of one layer, whose rows of the cache begin at ``first``."""
 
-        def put(ring, old, x):
-            return kv.write_chunk(old, x, self.starts, self.counts, ring, first)
-
         def attend(attention, q, k, v):
             layout = kv.kind_layout(self.config, attention.kind)
             length, ring = q.shape[1], attention.kind == SLIDING
             rows = kv.query_form(layout, q, attention.k_norm.weight[...])
+
+            def put(old, x):
+                return kv.write_chunk(old, x, self.starts, self.counts, ring, first)
+
             if ring:
                 old = kv.layer_rows(cache, first, len(q))
-                new = kv.put_rows(cache, _write(layout, old, k, v, functools.partial(put, ring)), first)
+                new = kv.put_rows(cache, _write(layout, old, k, v, put), first)
                 out = self._local(layout, old, rows, k, v)
             else:
-                new = _write(layout, cache, k, v, functools.partial(put, ring))
+                new = _write(layout, cache, k, v, put)
                 offsets = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None], self.counts[:, None] - 1)
                 out = kv.attend_blocks(layout, rows, new, jnp.maximum(self.starts[:, None] + offsets, 0), first)
             return kv.heads_of_rows(out, length), new

@@ -69,23 +69,15 @@ def set_form(modules: Sequence[nnx.Module], form: str) -> None:
     log.info("%d packed products in form %r%s", len(packed), form, _EXCEPT.get(form, ""))
 
 
-def read_packed(
-    x: jax.Array, values: jax.Array, scale: jax.Array, form: str, place: jax.Array | None = None
-) -> jax.Array:
+def read_packed(x: jax.Array, values: jax.Array, scale: jax.Array, form: str, place: jax.Array | int = 0) -> jax.Array:
     """``x @ unpack(values, scale).T``: x (..., I) -> f32 (..., O), accumulated in f32.
 
-    place: values and scale are stacks, their leading axes counted as one, and this is the matrix meant (int32). Only what
-    ``reads_blocks`` copies none of it.
+    place: for what ``reads_blocks``, values and scale may be stacks; this is the matrix meant, leading axes counted as one.
     """
     rows = x.reshape(-1, x.shape[-1])
     if form == "integer" and not (values.dtype == jnp.int8 and scale.shape[-1] == 1 and len(rows) <= INTEGER_ROWS):
         form = "blocked"
-    if form == "blocked":
-        y = _blocked(rows, values, scale, place)
-    else:
-        if place is not None:
-            values, scale = (stack.reshape(-1, *stack.shape[-2:])[place] for stack in (values, scale))
-        y = _PRODUCTS[form](rows, values, scale)
+    y = _blocked(rows, values, scale, place) if form == "blocked" else _PRODUCTS[form](rows, values, scale)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -116,7 +108,7 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.optimization_barrier((jnp.stack(digits), step))
 
 
-def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array | None) -> jax.Array:
+def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array | int) -> jax.Array:
     outputs, count = values.shape[-2], x.shape[0]
     width = x.shape[1]
     size = min(outputs, max(16, BLOCK_NUMBERS // width // 16 * 16))
@@ -136,12 +128,10 @@ def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(blocks), block, start)
 
 
-def _rows(part: jax.Array, place: jax.Array | None, start: jax.Array, size: int) -> jax.Array:
-    """Rows of a matrix, or of one in a stack."""
-    if place is None:
-        return jax.lax.dynamic_slice_in_dim(part, start, size)
+def _rows(part: jax.Array, place: jax.Array | int, start: jax.Array, size: int) -> jax.Array:
+    """Rows of one matrix of a stack; a matrix is a stack of one."""
     stack = part.reshape(-1, *part.shape[-2:])
-    return jax.lax.dynamic_slice(stack, (place, start, jnp.int32(0)), (1, size, stack.shape[2]))[0]
+    return jax.lax.dynamic_slice(stack, (jnp.int32(place), start, jnp.int32(0)), (1, size, stack.shape[2]))[0]
 
 
 def _product(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -186,11 +176,10 @@ _PRODUCTS = {"integer": _integer, "pallas": _pallas, "unpacked": _unpacked}
 
 
 class ReadPacked(nnx.Module):
-    """Packed linear maps of one input, their outputs side by side. values, scale: of each map, as they were; stacks if there
-    is a ``place`` in them."""
+    """Packed linear maps of one input, their outputs side by side. values, scale: of each map, as they were. place: in stacks."""
 
     lora: nnx.Module | None = None
-    place: jax.Array | None = None
+    place: jax.Array | int = 0
 
     def __init__(self, *sources: QuantizedLinear, columns: slice | None = None):
         """Their arrays are shared, unless only some ``columns`` are taken."""

@@ -220,17 +220,21 @@ class ReadStack(nnx.Module):
     def __init__(self, run: Block, count: int):
         self.block, self.count = _readable(run), count
 
-    def layer(self, group: jax.Array, index: jax.Array) -> Block:
-        """One layer. Its packed products know their place in the stack; other arrays are small, and cut out."""
+    def layer(self, place: jax.Array) -> Block:
+        """One layer, by its place in the stack (leading axes counted as one). Its packed products are told the place; other
+        arrays are small, and cut out."""
         graph, state = nnx.split(self.block)
 
         def cut(variable):
-            return variable if isinstance(variable, Quantized) else variable.replace(variable.get_value()[group, index])
+            if isinstance(variable, Quantized):
+                return variable
+            leaf = variable.get_value()
+            return variable.replace(leaf.reshape(-1, *leaf.shape[2:])[place])
 
         block = nnx.merge(graph, jax.tree.map(cut, state, is_leaf=lambda node: isinstance(node, nnx.Variable)))
         for _, node in nnx.iter_modules(block):
             if isinstance(node, ReadPacked):
-                node.place = group * self.count + index
+                node.place = place
         return block
 
 
@@ -266,21 +270,20 @@ class ReadTarget(nnx.Module):
         """
         batch, count = len(x), len(self.stacks)
 
-        def layer(stack, group, index, carry):
-            block = stack.layer(group, index)
-            first = (group * stack.count + index) * batch
-            return block(carry[0], ropes[block.kind], attend.layer(carry[1], first))
+        def run_layer(stack, place, carry):
+            block = stack.layer(place)
+            return block(carry[0], ropes[block.kind], attend.layer(carry[1], place * batch))
 
-        def group(group, carry):
+        def run_group(group, carry):
             x, caches = carry[0], list(carry[1])
             for i, stack in enumerate(self.stacks):
-                run = functools.partial(layer, stack, group)
-                x, caches[i] = jax.lax.fori_loop(jnp.int32(0), jnp.int32(stack.count), run, (x, caches[i]))
+                start, run = group * stack.count, functools.partial(run_layer, stack)
+                x, caches[i] = jax.lax.fori_loop(start, start + stack.count, run, (x, caches[i]))
             return x, tuple(caches)
 
         done = caches[:count]
         if self.looped:
-            x, done = jax.lax.fori_loop(jnp.int32(0), jnp.int32(self.repeats), group, (x, done))
+            x, done = jax.lax.fori_loop(jnp.int32(0), jnp.int32(self.repeats), run_group, (x, done))
         for block, cache in zip(self.blocks, caches[count:], strict=True):
             x, new = block(x, ropes[block.kind], attend.layer(cache))
             done = (*done, new)

@@ -137,7 +137,9 @@ def test_the_form_is_chosen_and_logged(caplog):
     small = quantize.quantize_model(small_bundle(intermediate_size=64), "int8")
     target = ReadTarget(small.model)
     with caplog.at_level(logging.INFO):
-        reads.set_form([target], reads.chosen_form(None))
+        form = reads.chosen_form(None)
+        assert form == "integer"
+        reads.set_form([target], form)
     assert "packed products in form 'integer' ('blocked' where" in caplog.text
     forms = {node.form for _, node in nnx.iter_modules(target) if isinstance(node, reads.ReadPacked)}
     assert forms == {"integer"}
