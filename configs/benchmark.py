@@ -22,6 +22,7 @@ def train():
     return _config(
         "train",
         model="bench",
+        dtype="float32",
         batch_size=4,
         seq_len=256,
         rounds=5,

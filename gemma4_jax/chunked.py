@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma4_jax.model.layers import soft_cap
+from gemma4_jax.model.products import product
 
 ABSENT = -1e30  # logit of a padding entry: finite, and no probability after the soft-cap
 
@@ -76,7 +77,7 @@ def uncut_positions(x: jax.Array, length: int) -> jax.Array:
 
 def _logits(h: jax.Array, chunk: _Table, vocab: int, cap: float | None) -> jax.Array:
     """Capped f32 logits (B, t, S, c) of one chunk; entries beyond the vocabulary are absent (after the cap, so they stay)."""
-    raw = jnp.einsum("BtD,vD->Btv", h, _flat_rows(chunk, h.dtype), preferred_element_type=jnp.float32)
+    raw = product("BtD,vD->Btv", h, _flat_rows(chunk, h.dtype))
     return jnp.where(chunk.ids < vocab, soft_cap(raw.reshape(*h.shape[:-1], *chunk.ids.shape), cap), ABSENT)
 
 
@@ -296,8 +297,8 @@ def _piece_loss(piece, cut, table, teacher_cut, vocab, cap, teacher_cap, d_rows)
         # Both products below read it; see layers.matmul.
         d_logits = jax.lax.optimization_barrier(d_logits.astype(h.dtype).reshape(-1, chunk.ids.size))
         rows = h.reshape(-1, h.shape[-1])
-        back = jnp.einsum("mv,vD->mD", d_logits, _flat_rows(chunk, h.dtype), preferred_element_type=jnp.float32)
-        d_chunk = jnp.einsum("mv,mD->vD", d_logits, rows, preferred_element_type=jnp.float32)
+        back = product("mv,vD->mD", d_logits, _flat_rows(chunk, h.dtype))
+        d_chunk = product("mv,mD->vD", d_logits, rows)
         return (value, d_h + back.reshape(h.shape)), d_chunk.reshape(chunk.rows.shape)
 
     start = value, jnp.zeros(h.shape, jnp.float32)

@@ -22,6 +22,7 @@ from flax import nnx
 
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.model.layers import Embedder, Linear, embedding_scale, soft_cap
+from gemma4_jax.model.products import product
 
 GROUP = 32
 SCALE_DTYPE = np.dtype(np.float16)
@@ -147,8 +148,7 @@ def packed_matmul(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Arra
 
     The backward pass unpacks anew: only packed numbers are kept for it.
     """
-    y = jnp.einsum("...i,oi->...o", x, unpack(values, scale, x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    return product("...i,oi->...o", x, unpack(values, scale, x.dtype)).astype(x.dtype)
 
 
 def _packed_forward(x, values, scale):
@@ -158,8 +158,8 @@ def _packed_forward(x, values, scale):
 def _packed_backward(packed, g):
     values, scale = packed
     weights = unpack(*jax.lax.optimization_barrier((values, scale)), g.dtype)
-    d_x = jnp.einsum("...o,oi->...i", g, weights, preferred_element_type=jnp.float32)
-    return d_x.astype(g.dtype), np.zeros(values.shape, jax.dtypes.float0), jnp.zeros_like(scale)
+    d_x = product("...o,oi->...i", g, weights).astype(g.dtype)
+    return d_x, np.zeros(values.shape, jax.dtypes.float0), jnp.zeros_like(scale)
 
 
 packed_matmul.defvjp(_packed_forward, _packed_backward)

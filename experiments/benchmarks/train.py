@@ -56,7 +56,8 @@ def model_config(options: dict[str, Any]) -> ModelConfig:
     """The target alone: the peer has no multi-token loss."""
     lora = {"rank": options["lora_rank"], "alpha": 16.0} if options["lora_rank"] else None
     layers = {name: options[name] for name in ("remat", "scan_layers")}
-    return get_preset(options["model"], drafter=None, vision=None, audio=None, lora=lora, **layers)
+    dtypes = {"dtype": options["dtype"], "param_dtype": options["dtype"]}
+    return get_preset(options["model"], drafter=None, vision=None, audio=None, lora=lora, **layers, **dtypes)
 
 
 def _rows(config: ModelConfig, options: dict[str, Any]) -> np.ndarray:
@@ -109,7 +110,7 @@ def transformers(options: dict[str, Any]):
     import torch
 
     c = model_config(options)
-    model = transformers_model(c).float()
+    model = transformers_model(c).to(getattr(torch, c.param_dtype))
     if c.lora:
         from peft import LoraConfig, get_peft_model
 

@@ -16,6 +16,7 @@ from flax import nnx
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.layers import Linear, RMSNorm, rms_normalize
 from gemma4_jax.model.masks import Band
+from gemma4_jax.model.products import product
 from gemma4_jax.model.rope import apply_rope
 
 MASKED = -1e30  # finite: a row with no allowed key gives a uniform softmax, not NaN
@@ -77,12 +78,12 @@ def masked_attention(
 def _attend_head_major(q, k, v, mask, scale: float) -> jax.Array:
     """q (B, K, G, T, H), k and v (B, K, S, H) -> (B, K, G, T, H)."""
     b, kv_heads, group, t, h = q.shape
-    scores = jnp.einsum("BKXH,BKSH->BKXS", q.reshape(b, kv_heads, -1, h), k, preferred_element_type=jnp.float32)
+    scores = product("BKXH,BKSH->BKXS", q.reshape(b, kv_heads, -1, h), k)
     if scale != 1.0:
         scores = scores * scale
     scores = jnp.where(mask[:, None, None], scores.reshape(b, kv_heads, group, t, -1), MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv_heads, group * t, -1)
-    out = jnp.einsum("BKXS,BKSH->BKXH", weights, v, preferred_element_type=jnp.float32)
+    out = product("BKXS,BKSH->BKXH", weights, v)
     return out.reshape(q.shape).astype(q.dtype)
 
 

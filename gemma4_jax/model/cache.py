@@ -39,6 +39,7 @@ from gemma4_jax.errors import ConfigError
 from gemma4_jax.model.apart import own_program
 from gemma4_jax.model.attention import MASKED
 from gemma4_jax.model.decoder import runs_of, scanned_layers
+from gemma4_jax.model.products import product
 from gemma4_jax.model.rope import inverse_frequencies
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.uint16, "int8": jnp.int8}  # and what holds their numbers
@@ -351,10 +352,10 @@ def attend_whole(layout: KindLayout, q: jax.Array, keys: jax.Array, values: jax.
     Returns:
       (B, K, M, H) in q's dtype. Rows without an allowed key are finite and meaningless.
     """
-    scores = jnp.einsum("bkmc,bksc->bkms", q, keys, preferred_element_type=jnp.float32)
+    scores = product("bkmc,bksc->bkms", q, keys)
     scores = _masked(layout, scores, mask)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkms,bksh->bkmh", weights, values, preferred_element_type=jnp.float32)
+    out = product("bkms,bksh->bkmh", weights, values)
     return out.astype(q.dtype)
 
 
@@ -398,12 +399,12 @@ def attend_blocks(
         top, total, out = carry
         start = i * BLOCK
         keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), q.dtype)
-        scores = jnp.einsum("bkmc,bksc->bkms", q, keys, preferred_element_type=jnp.float32)
+        scores = product("bkmc,bksc->bkms", q, keys)
         scores = _masked(layout, scores, (start + index)[None, None] <= last[:, :, None])
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_top)
         shrink = jnp.exp(top - new_top)
-        add = jnp.einsum("bkms,bksh->bkmh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+        add = product("bkms,bksh->bkmh", weights.astype(q.dtype), values)
         return new_top, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), out * shrink + add
 
     # Block 0 holds a key of every query, so ``top`` is real from the first block on, and what ``out`` begins with is multiplied

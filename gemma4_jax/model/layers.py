@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.model.apart import own_program, runs_apart
+from gemma4_jax.model.products import product
 
 PRODUCT, FEED_FORWARD = "product", "feed_forward_product"  # names of what ``remat`` may keep (``decoder``)
 
@@ -24,8 +25,7 @@ class LayerScalar(nnx.Variable):
 @jax.custom_vjp
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """``x @ weight.T`` accumulated in f32, in x's dtype. x (..., I), weight (O, I) -> (..., O)."""
-    y = jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    return product("...i,oi->...o", x, weight.astype(x.dtype)).astype(x.dtype)
 
 
 def _matmul_forward(x, weight):
@@ -37,9 +37,8 @@ def _matmul_backward(residuals, g):
     # Both products read g. Without the barrier XLA:CPU fuses what computes it (a GELU gradient, say) into the transposing
     # copy that the second one needs, and so computes it twice, the second time in strides: a third of a training step.
     g = jax.lax.optimization_barrier(g)
-    d_x = jnp.einsum("...o,oi->...i", g, weight.astype(g.dtype), preferred_element_type=jnp.float32)
-    rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    d_weight = jnp.einsum("mi,mo->oi", *rows, preferred_element_type=jnp.float32)
+    d_x = product("...o,oi->...i", g, weight.astype(g.dtype))
+    d_weight = product("mi,mo->oi", x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
 
 

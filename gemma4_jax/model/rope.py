@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma4_jax.config import FULL, ModelConfig
+from gemma4_jax.model.apart import own_program, runs_apart
 
 
 def inverse_frequencies(head_dim: int, theta: float, fraction: float = 1.0, scaling_factor: float = 1.0) -> np.ndarray:
@@ -33,8 +34,13 @@ def rope_table(config: ModelConfig, kind: str, positions: jax.Array) -> tuple[ja
         )
     else:
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+
+    def table(positions):
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles), jnp.sin(angles)
+
+    # XLA:CPU fuses a cosine into whatever reads it, and so computes it anew for every head of every layer.
+    return own_program(table, positions) if runs_apart() else table(positions)
 
 
 def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

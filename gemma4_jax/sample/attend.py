@@ -7,6 +7,7 @@ Each returns (output, new LayerCache); one object serves one pass over all layer
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -73,39 +74,48 @@ class PrefillAttend:
             if ring:
                 old = kv.layer_rows(cache, first, len(q))
                 new = kv.put_rows(cache, _write(layout, old, k, v, put), first)
-                out = self._local(layout, old, rows, k, v)
+
+                def look_back():
+                    return self._over_chunk(layout, rows, k, v, old)
             else:
                 new = _write(layout, cache, k, v, put)
                 offsets = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None], self.counts[:, None] - 1)
-                out = kv.attend_blocks(layout, rows, new, jnp.maximum(self.starts[:, None] + offsets, 0), first)
-            return kv.heads_of_rows(out, length), new
+                last = jnp.maximum(self.starts[:, None] + offsets, 0)
+
+                def look_back():
+                    return kv.attend_blocks(layout, rows, new, last, first)
+
+            plain = dataclasses.replace(layout, compact=False)
+            alone = functools.partial(self._over_chunk, plain, kv.query_form(plain, q, None), k, v)
+            return kv.heads_of_rows(jax.lax.cond(jnp.any(self.starts > 0), look_back, alone), length), new
 
         return attend
 
-    def _local(self, layout, cache: LayerCache, rows, k, v):
-        """Over the ring as it was before the chunk, and the chunk: early queries need keys that it overwrites."""
+    def _over_chunk(self, layout, rows, k, v, ring: LayerCache | None = None):
+        """Over the chunk and, before it, the ring as it was: early queries need keys that the chunk overwrites."""
         config, length = self.config, k.shape[1]
-        old = kv.ring_positions(self.starts, cache.keys.data.shape[2])
-        ring = _LocalKeys(*kv.read_both(layout, cache, k.dtype), old, old >= 0, jnp.full_like(old, OUTSIDE))
         offsets = jnp.arange(length, dtype=jnp.int32)[None]
         positions = self.starts[:, None] + offsets
         runs = jnp.full_like(positions, OUTSIDE) if self.runs is None else self.runs
-        chunk = _LocalKeys(k.swapaxes(1, 2), v.swapaxes(1, 2), positions, offsets < self.counts[:, None], runs)
+        chunk = _Keys(k.swapaxes(1, 2), v.swapaxes(1, 2), positions, offsets < self.counts[:, None], runs)
+        if ring is not None:
+            old = kv.ring_positions(self.starts, ring.keys.data.shape[2])
+            before = _Keys(*kv.read_both(layout, ring, k.dtype), old, old >= 0, jnp.full_like(old, OUTSIDE))
         group, out = rows.shape[2] // length, []
-        for queries, keys in query_blocks(length, attention_band(config, SLIDING, self.runs is not None)):
+        for queries, keys in query_blocks(length, attention_band(config, layout.kind, self.runs is not None)):
             read = chunk.cut(keys)
-            if queries.start < config.sliding_window:  # later queries see nothing that far back
-                read = ring.before(read)
+            if ring is not None and queries.start < config.sliding_window:  # later queries see nothing that far back
+                read = before.before(read)
             mask = attention_mask(
-                SLIDING, config.sliding_window, positions[:, queries], read.positions, runs[:, queries], read.runs
+                layout.kind, config.sliding_window, positions[:, queries], read.positions, runs[:, queries], read.runs
             )
             some = rows[:, :, queries.start * group : queries.stop * group]
             out.append(kv.attend_whole(layout, some, read.keys, read.values, mask & read.exists[:, None]))
         return jnp.concatenate(out, axis=2)
 
 
-class _LocalKeys(NamedTuple):
-    """What local queries may see. keys, values: (B, K, S, H); positions, runs: int32 (B, S); exists: bool (B, S)."""
+class _Keys(NamedTuple):
+    """What queries may see. keys, values: (B, K, S, H); positions, runs: int32 (B, S); exists: bool (B, S)."""
 
     keys: jax.Array
     values: jax.Array
@@ -113,12 +123,12 @@ class _LocalKeys(NamedTuple):
     exists: jax.Array
     runs: jax.Array
 
-    def cut(self, part: slice) -> _LocalKeys:
-        return _LocalKeys(self.keys[:, :, part], self.values[:, :, part], *(x[:, part] for x in self[2:]))
+    def cut(self, part: slice) -> _Keys:
+        return _Keys(self.keys[:, :, part], self.values[:, :, part], *(x[:, part] for x in self[2:]))
 
-    def before(self, other: _LocalKeys) -> _LocalKeys:
+    def before(self, other: _Keys) -> _Keys:
         axes = (2, 2, 1, 1, 1)
-        return _LocalKeys(*(jnp.concatenate(p, axis=a) for *p, a in zip(self, other, axes, strict=True)))
+        return _Keys(*(jnp.concatenate(p, axis=a) for *p, a in zip(self, other, axes, strict=True)))
 
 
 def _write(layout, cache: LayerCache, k, v, put) -> LayerCache:

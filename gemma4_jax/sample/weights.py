@@ -29,6 +29,7 @@ from gemma4_jax.model.cache import LayerCache, cache_entries
 from gemma4_jax.model.decoder import Block, Gemma4, runs_of, scanned_layers
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.layers import Embedder, FeedForward, Linear, embedding_scale, soft_cap
+from gemma4_jax.model.products import product
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
 from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed
 
@@ -49,7 +50,7 @@ def read_matmul(x: jax.Array, weight: jax.Array, turned: bool = False) -> jax.Ar
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
     rows = jax.lax.optimization_barrier(rows)
     form = "mi,io->mo" if turned else "mi,oi->mo"
-    y = jnp.einsum(form, rows, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    y = product(form, rows, weight.astype(x.dtype))
     return y[:count].reshape(*x.shape[:-1], -1)
 
 
