@@ -47,9 +47,11 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turn x (B, T, N, H) by rope = (cos, sin), each (B, T, R); in x's dtype."""
     cos, sin = (t[:, :, None, :].astype(x.dtype) for t in rope)
     rotated, half = cos.shape[-1], x.shape[-1] // 2
+    if rotated == half:  # nothing is joined, so that XLA:CPU makes one loop of it, and what reads it joins in
+        halves = x.reshape(*x.shape[:-1], 2, half)
+        signed = sin[..., None, :] * jnp.asarray([[-1], [1]], x.dtype)
+        return (halves * cos[..., None, :] + jnp.flip(halves, axis=-2) * signed).reshape(x.shape)
     first, second = x[..., :rotated], x[..., half : half + rotated]
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
-    if rotated == half:
-        return jnp.concatenate([turned_first, turned_second], axis=-1)
     return jnp.concatenate([turned_first, x[..., rotated:half], turned_second, x[..., half + rotated :]], axis=-1)
