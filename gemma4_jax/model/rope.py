@@ -35,12 +35,12 @@ def rope_table(config: ModelConfig, kind: str, positions: jax.Array) -> tuple[ja
     else:
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
 
-    def table(positions):
+    def turns(positions):
         angles = positions[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angles), jnp.sin(angles)
 
     # XLA:CPU fuses a cosine into whatever reads it, and so computes it anew for every head of every layer.
-    return own_program(table, positions) if runs_apart() else table(positions)
+    return own_program(turns, positions) if runs_apart() else turns(positions)
 
 
 def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

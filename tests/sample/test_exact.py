@@ -1,5 +1,6 @@
 """Cached, chunked, batched and padded decoding against a network that recomputes everything."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from small_models import prompts_of, small_bundle, uncached_greedy, uncached_log
 
 from gemma4_jax.config import FULL
 from gemma4_jax.model.cache import kind_layout
+from gemma4_jax.sample import programs
 from gemma4_jax.sample.prefill import chunk_sizes, cut_row, plan_chunks
 from gemma4_jax.sample.sampler import Sampler
 
@@ -53,6 +55,19 @@ def test_compiled_chunk_sizes(chunk):
     got = last_logits(Sampler(bundle, max_length=64, draft_tokens=0, chunk=chunk), prompts)
     want = np.stack([uncached_logits(bundle.model, p)[-1] for p in prompts])
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
+
+
+def test_a_first_chunk_looks_at_nothing_but_itself():
+    """Not at the caches, empty then: what they hold costs nothing. A later chunk does."""
+    bundle = small_bundle()
+    sampler = Sampler(bundle, max_length=64, draft_tokens=0)
+    tokens = jnp.asarray(prompts_of([20, 32])[1])[None]
+    for start, finite in ((0, True), (1, False)):
+        empty = sampler.empty(1)
+        dirty = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), (empty.caches, empty.hidden))
+        prefix = empty._replace(caches=dirty[0], hidden=dirty[1], lengths=jnp.full((1,), start, jnp.int32))
+        prefix = programs.text_chunk(*sampler._target, prefix, jnp.full((1,), 32, jnp.int32), tokens)
+        assert np.isfinite(prefix.hidden).all() == finite, start
 
 
 SIX = ("sliding_attention",) * 5 + ("full_attention",)

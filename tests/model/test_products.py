@@ -1,0 +1,64 @@
+"""Products accumulate in f32 in whatever form they are done."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma4_jax.model.layers import matmul
+from gemma4_jax.model.products import WIDE, product
+
+FORMS = {  # operands of rows m, columns n and depth 96
+    "mi,oi->mo": lambda m, n: ((m, 96), (n, 96)),
+    "mi,io->mo": lambda m, n: ((m, 96), (96, n)),
+    "...i,oi->...o": lambda m, n: ((2, m // 2, 96), (n, 96)),
+    "mi,mo->oi": lambda m, n: ((96, m), (96, n)),
+    "bkmc,bksc->bkms": lambda m, n: ((2, 3, m, 96), (2, 3, n, 96)),
+    "bkms,bksh->bkmh": lambda m, n: ((2, 3, m, 96), (2, 3, 96, n)),
+}
+
+
+def operands(form, m, n, dtype):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in FORMS[form](m, n)]
+
+
+def dots(function, *args):
+    """Input dtypes of the matrix products that are compiled."""
+    text = jax.jit(function).lower(*args).as_text()
+    return [line.split(" : (")[1].split(")")[0] for line in text.splitlines() if "stablehlo.dot_general" in line]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [2, WIDE])
+def test_equals_f64(form, dtype, rows):
+    x, y = operands(form, rows, 2 * WIDE, dtype)
+    found = product(form, x, y)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.einsum(form, np.float64(x), np.float64(y)), atol=3e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_wide_products_of_bf16_are_widened(form):
+    """On CPU, where few rows are read faster as they are; both sides count."""
+    for m, n, kind in ((WIDE, WIDE, "xf32"), (WIDE - 2, 4 * WIDE, "xbf16"), (4 * WIDE, WIDE - 2, "xbf16")):
+        (found,) = dots(lambda x, y: product(form, x, y), *operands(form, m, n, jnp.bfloat16))
+        assert found.count(kind) == 2, (m, n, found)
+
+
+def test_other_backends_keep_bf16(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (found,) = dots(lambda x, y: product("mi,oi->mo", x, y), *operands("mi,oi->mo", WIDE, WIDE, jnp.bfloat16))
+    assert found.count("xbf16") == 2, found
+
+
+def test_gradients_are_wide_too():
+    """Of a linear map, each in the dtype of what it belongs to."""
+    x, weight = operands("mi,oi->mo", WIDE, WIDE, jnp.bfloat16)
+    weight = weight.astype(jnp.float32)
+    gradient = jax.grad(lambda x, w: matmul(x, w).astype(jnp.float32).sum(), argnums=(0, 1))
+    d_x, d_weight = gradient(x, weight)
+    assert (d_x.dtype, d_weight.dtype) == (jnp.bfloat16, jnp.float32)
+    assert all(found.count("xf32") == 2 for found in dots(gradient, x, weight))
+    np.testing.assert_allclose(d_weight, np.tile(np.float64(x).sum(0), (WIDE, 1)), atol=1e-4)
