@@ -18,7 +18,8 @@ def _config(mode, **options):
 
 
 def train():
-    """Full f32 training steps with AdamW at 140 M parameters; ``--config.options.lora_rank=8``: adapters, beside peft."""
+    """Full training steps with AdamW at 140 M parameters, in f32 unless ``--config.options.dtype=bfloat16``;
+    ``--config.options.lora_rank=8``: adapters, beside peft."""
     return _config(
         "train",
         model="bench",

@@ -1,7 +1,8 @@
 """Training steps of this project and of transformers + torch AdamW, on the same shape, in turns.
 
-Both sides: f32, AdamW, clipping by global norm, next-token loss, the same rows. The share of the matrix peak counts
-six operations a weight and token (embedding lookups do none) beside a plain matrix product measured in the same turns.
+Both sides: weights and activations in one dtype (adapters in f32), AdamW, clipping by global norm, next-token loss, the same
+rows. The share of the matrix peak counts six operations a weight and token (embedding lookups do none) beside a plain f32
+matrix product measured in the same turns.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, float]:
     """Flat results of all sides.
 
     Args:
-      options: ``model`` (preset), ``batch_size``, ``seq_len``, ``rounds``, ``remat``, ``scan_layers``, ``token_chunk``,
+      options: ``model`` (preset), ``dtype``, ``batch_size``, ``seq_len``, ``rounds``, ``remat``, ``scan_layers``, ``token_chunk``,
         ``lora_rank`` (0: all weights train; else adapters of this rank on every linear map, and the peer is ``peft``).
       threads: torch threads.
     """
