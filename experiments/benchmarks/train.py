@@ -28,7 +28,8 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, float]:
 
     Args:
       options: ``model`` (preset), ``dtype``, ``batch_size``, ``seq_len``, ``rounds``, ``remat``, ``scan_layers``,
-        ``token_chunk``, ``lora_rank`` (0: all weights train; else adapters of this rank on every linear map, and the peer is ``peft``).
+        ``token_chunk``, ``lora_rank`` (0: all weights train; else adapters of this rank on every linear map, and the peer is
+        ``peft``).
       threads: torch threads.
     """
     with (
