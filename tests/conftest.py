@@ -22,6 +22,8 @@ if _OWN_CACHE:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+MANY_MAPS = 20_000
+
 
 @pytest.fixture(scope="module")
 def short_query_blocks():
@@ -31,6 +33,17 @@ def short_query_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", 4)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def spare_memory_maps():
+    """Linux gives a process 65 530 memory maps, compiled programs take ten and more each, and XLA crashes without one left."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        import jax
+
+        jax.clear_caches()
 
 
 def pytest_sessionfinish():
