@@ -37,7 +37,7 @@ def short_query_blocks():
 
 @pytest.fixture(scope="module", autouse=True)
 def spare_memory_maps():
-    """Linux gives a process 65 530 memory maps, compiled programs take ten and more each, and XLA crashes without one left."""
+    """Linux gives a process 65 530 memory maps, every compiled program takes some, and XLA crashes without one left."""
     yield
     maps = Path("/proc/self/maps")
     if maps.is_file() and maps.read_bytes().count(b"\n") > MANY_MAPS:
