@@ -7,19 +7,22 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gemma4_jax.model.apart import runs_apart
+
 WIDE = 64  # rows and columns from which on widening is faster; measured, see ``product``
 
 
 def product(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """``einsum(form, x, y)`` accumulated and returned in f32.
 
-    On CPU the f32 kernels do large products of bf16: those that XLA:CPU has for bf16 read half the bytes, but multiply at
-    0.55 to 0.75 of the rate. The numbers are the same up to the order of the sums, since bf16 is exact in f32.
+    On one CPU device the f32 kernels do large products of bf16: those that XLA:CPU has for bf16 read half the bytes, but
+    multiply at 0.55 to 0.75 of the rate. The numbers are the same up to the order of the sums, since bf16 is exact in f32.
+    Not in a mesh of several: there a CPU stands in for others, whose memory a plan asks about.
 
     Args:
       form: of two operands; leading axes of one may be an ellipsis.
     """
-    if x.dtype == y.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and _narrowest(form, x, y) >= WIDE:
+    if x.dtype == y.dtype == jnp.bfloat16 and runs_apart() and _narrowest(form, x, y) >= WIDE:
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum(form, x, y, preferred_element_type=jnp.float32)
 
