@@ -236,7 +236,7 @@ class QuantizedEmbedder(Embedder):
 
         def logits(values, scale):
             rows = unpack(values, scale, hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, rows, preferred_element_type=jnp.float32)
+            return product("...d,vd->...v", hidden, rows)
 
         whole = values.shape[0] // _TABLE_BLOCK * _TABLE_BLOCK
         if whole < 2 * _TABLE_BLOCK:

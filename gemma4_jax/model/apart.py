@@ -115,6 +115,13 @@ def _without_rounding_to_f32(function: Callable) -> Callable:
     return run
 
 
+def apart_if_traced(function: Callable, *args):
+    """``function(*args)``, by ``own_program`` where that pays and a program is being traced: called eagerly it would be compiled
+    anew each time."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args))
+    return own_program(function, *args) if traced and runs_apart() else function(*args)
+
+
 def own_program(function: Callable, *args):
     """``function(*args)``, compiled as a program that is called, not inlined."""
     return set_xla_metadata(jax.jit(function)(*args), inlineable="false")

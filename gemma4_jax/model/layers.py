@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from gemma4_jax.model.apart import own_program, runs_apart
+from gemma4_jax.model.apart import apart_if_traced
 from gemma4_jax.model.products import product
 
 PRODUCT, FEED_FORWARD = "product", "feed_forward_product"  # names of what ``remat`` may keep (``decoder``)
@@ -145,8 +145,7 @@ class Embedder(nnx.Module):
     def decode(self, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
         """Logits in f32 from the unscaled table: hidden (..., D) -> (..., V)."""
         table = self.table[...]
-        logits = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return soft_cap(logits, softcap)
+        return soft_cap(product("...d,vd->...v", hidden, table.astype(hidden.dtype)), softcap)
 
 
 def embedding_scale(table: jax.Array) -> jax.Array:
@@ -166,4 +165,4 @@ def _truncated_normal(key, shape, std, dtype):
         return (numbers * (std / 0.87962566)).astype(dtype)
 
     # One weight after the other, where many are drawn in one program.
-    return own_program(draw, key) if runs_apart() and isinstance(key, jax.core.Tracer) else draw(key)
+    return apart_if_traced(draw, key)

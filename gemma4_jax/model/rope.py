@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma4_jax.config import FULL, ModelConfig
-from gemma4_jax.model.apart import own_program, runs_apart
+from gemma4_jax.model.apart import apart_if_traced
 
 
 def inverse_frequencies(head_dim: int, theta: float, fraction: float = 1.0, scaling_factor: float = 1.0) -> np.ndarray:
@@ -40,7 +40,7 @@ def rope_table(config: ModelConfig, kind: str, positions: jax.Array) -> tuple[ja
         return jnp.cos(angles), jnp.sin(angles)
 
     # XLA:CPU fuses a cosine into whatever reads it, and so computes it anew for every head of every layer.
-    return own_program(turns, positions) if runs_apart() else turns(positions)
+    return apart_if_traced(turns, positions)
 
 
 def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

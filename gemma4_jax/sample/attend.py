@@ -7,7 +7,6 @@ Each returns (output, new LayerCache); one object serves one pass over all layer
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -66,7 +65,7 @@ class PrefillAttend:
         def attend(attention, q, k, v):
             layout = kv.kind_layout(self.config, attention.kind)
             length, ring = q.shape[1], attention.kind == SLIDING
-            rows = kv.query_form(layout, q, attention.k_norm.weight[...])
+            key_norm = attention.k_norm.weight[...]
 
             def put(old, x):
                 return kv.write_chunk(old, x, self.starts, self.counts, ring, first)
@@ -74,19 +73,20 @@ class PrefillAttend:
             if ring:
                 old = kv.layer_rows(cache, first, len(q))
                 new = kv.put_rows(cache, _write(layout, old, k, v, put), first)
-
-                def look_back():
-                    return self._over_chunk(layout, rows, k, v, old)
             else:
                 new = _write(layout, cache, k, v, put)
+
+            def look_back():
+                rows = kv.query_form(layout, q, key_norm)
+                if ring:
+                    return self._over_chunk(layout, rows, k, v, old)
                 offsets = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None], self.counts[:, None] - 1)
-                last = jnp.maximum(self.starts[:, None] + offsets, 0)
+                return kv.attend_blocks(layout, rows, new, jnp.maximum(self.starts[:, None] + offsets, 0), first)
 
-                def look_back():
-                    return kv.attend_blocks(layout, rows, new, last, first)
+            def alone():
+                plain = dataclasses.replace(layout, compact=False)
+                return self._over_chunk(plain, kv.query_form(plain, q, None), k, v)
 
-            plain = dataclasses.replace(layout, compact=False)
-            alone = functools.partial(self._over_chunk, plain, kv.query_form(plain, q, None), k, v)
             return kv.heads_of_rows(jax.lax.cond(jnp.any(self.starts > 0), look_back, alone), length), new
 
         return attend
