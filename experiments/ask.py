@@ -29,7 +29,7 @@ def answer_results(config, workdir: Path, options: AnswerOptions) -> dict[str, A
     data = DataOptions.of(config.data)
     conversations = heldout_conversations(data, options.count)
     bundle = g4.load(workdir, dtype=config.base.dtype)
-    sampler = g4.Sampler(bundle, max_length=data.seq_len + options.max_new_tokens)
+    sampler = g4.Sampler(bundle, max_length=data.seq_len + options.max_new_tokens, release=True)
     runs = {"answers": data.blind} | ({"blind_answers": True} if options.blind and not data.blind else {})
     results: dict[str, Any] = {}
     for name, blind in runs.items():

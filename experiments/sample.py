@@ -39,7 +39,7 @@ def run(config, workdir: Path) -> dict[str, Any]:
     if bundle.tokenizer is None:
         raise ConfigError(f"sample.checkpoint {sample.checkpoint!r} has no tokenizer.json: text prompts need one")
     adaptive = "auto" if sample.draft_tokens is None else sample.draft_tokens
-    sampler = g4.Sampler(bundle, max_length=sample.max_length, draft_tokens=adaptive)
+    sampler = g4.Sampler(bundle, max_length=sample.max_length, draft_tokens=adaptive, release=True)
     prompts = [bundle.tokenizer.encode(text) for text in sample.prompts]
     settings = {name: sample[name] for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     if profiling.folder():

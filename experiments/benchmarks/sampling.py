@@ -150,7 +150,7 @@ def _bundle(options):
 def _sampler(bundle, **options):
     import gemma4_jax as g4
 
-    return g4.Sampler(bundle, **options)
+    return g4.Sampler(bundle, **options, release=True)
 
 
 def _state(sampler, rows: int, length: int):

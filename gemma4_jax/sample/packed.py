@@ -8,6 +8,8 @@ Forms, by name (``FORMS``):
   three rows of one int8 product whose int32 sums are exact. Reads one byte a weight and runs in the machine's integer
   units, so it beats f32. An input far below the row's largest keeps fewer bits than in f32: it is rounded at 2^-23 of
   the largest. For up to ``INTEGER_ROWS`` rows of int8 with one scale a row; everything else takes ``blocked``.
+* ``columns``: int4 weights are laid out anew, by columns (``gemma4_jax.sample.packed_columns``), and read several times as
+  fast as ``blocked`` reads them. int8 takes ``integer``.
 * ``blocked``: plain XLA. A loop over blocks of output rows, each unpacked into f32 where the cache holds it and multiplied
   from there. The loop is the point: without it XLA:CPU converts inside the product's inner loop, ten times slower.
 * ``pallas``: a kernel for GPU and TPU, unpacking in registers (``gemma4_jax.sample.packed_kernel``).
@@ -27,6 +29,7 @@ from gemma4_jax.config import unknown_name
 from gemma4_jax.model.layers import Linear, soft_cap
 from gemma4_jax.packed import GROUP, Quantized, QuantizedEmbedder, QuantizedLinear, packed_columns, unpack
 from gemma4_jax.sample import packed_kernel
+from gemma4_jax.sample.packed_columns import by_columns, read_columns
 
 log = logging.getLogger(__name__)
 
@@ -34,38 +37,52 @@ BLOCK_NUMBERS = 1 << 18  # of weights that are unpacked together: 1 MB in f32
 INTEGER_ROWS = 24  # as whole numbers they are three times as many: beyond, unpacking once pays
 _DIGITS = 3
 _DIGIT_BITS = 8
-_EXCEPT = {"integer": f" ('blocked' where numbers have group scales, and for more than {INTEGER_ROWS} rows)"}
-FORMS = ("integer", "blocked", "pallas", "unpacked")
+_EXCEPT = {
+    "integer": f" ('blocked' where numbers have group scales, and for more than {INTEGER_ROWS} rows)",
+    "columns": " ('integer' for int8)",
+}
+FORMS = ("integer", "columns", "blocked", "pallas", "unpacked")
 
 
-def default_form() -> str:
-    """The form that suits the first device: ``pallas`` on GPU and TPU, ``integer`` elsewhere."""
-    return "pallas" if jax.devices()[0].platform in ("gpu", "tpu") else "integer"
+def default_form(scheme: str, release: bool) -> str:
+    """The form that suits the first device: ``pallas`` on GPU and TPU; elsewhere ``columns`` for int4 weights that may be laid
+    out anew without being held twice (``release``), ``integer`` for others."""
+    if jax.devices()[0].platform in ("gpu", "tpu"):
+        return "pallas"
+    if scheme != "int4":
+        return "integer"
+    if not release:
+        log.info(
+            "int4 weights are read as they are: release=True or packed_product='columns' reads them several times as fast"
+        )
+    return "columns" if release else "integer"
 
 
-def chosen_form(form: str | None) -> str:
-    """A checked form; None: the device's.
+def chosen_form(form: str | None, scheme: str, release: bool = False) -> str:
+    """A checked form; None: what suits the device.
 
     Raises:
       ConfigError: an unknown form.
     """
-    form = form or default_form()
+    form = form or default_form(scheme, release)
     if form not in FORMS:
         raise unknown_name("packed_product", form, FORMS)
     return form
 
 
 def reads_blocks(scheme: str, form: str) -> bool:
-    """Whether a form reads matrices of a scheme block by block, so that it may as well read them out of a stack."""
-    return form == "blocked" or (form == "integer" and scheme == "int4")
+    """Whether a form reads matrices of a scheme piece by piece, so that it may as well read them out of a stack."""
+    return form == "blocked" or (form in ("integer", "columns") and scheme == "int4")
 
 
-def set_form(modules: Sequence[nnx.Module], form: str) -> None:
-    """Let every packed product of readable networks take one form, and log it."""
+def set_form(modules: Sequence[nnx.Module], form: str, release: bool = False) -> None:
+    """Let every packed product of readable networks take one form, and log it. release: see ``ReadPacked.lay_out``."""
     nodes = [node for module in modules for _, node in nnx.iter_modules(module)]
     packed = [node for node in nodes if isinstance(node, (ReadPacked, ReadPackedEmbedder))]
     for node in packed:
         node.form = form
+        if form == "columns" and isinstance(node, ReadPacked):
+            node.lay_out(release)
     log.info("%d packed products in form %r%s", len(packed), form, _EXCEPT.get(form, ""))
 
 
@@ -73,11 +90,17 @@ def read_packed(x: jax.Array, values: jax.Array, scale: jax.Array, form: str, pl
     """``x @ unpack(values, scale).T``: x (..., I) -> f32 (..., O), accumulated in f32.
 
     place: for what ``reads_blocks``, values and scale may be stacks; this is the matrix meant, leading axes counted as one.
+    int4 in the form ``columns`` must have been laid out by ``by_columns``.
     """
     rows = x.reshape(-1, x.shape[-1])
+    if form == "columns" and values.dtype == jnp.int8:
+        form = "integer"
     if form == "integer" and not (values.dtype == jnp.int8 and scale.shape[-1] == 1 and len(rows) <= INTEGER_ROWS):
         form = "blocked"
-    y = _blocked(rows, values, scale, place) if form == "blocked" else _PRODUCTS[form](rows, values, scale)
+    if form in _OF_STACKS:
+        y = _OF_STACKS[form](rows, values, scale, place)
+    else:
+        y = _PRODUCTS[form](rows, values, scale)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -173,10 +196,12 @@ def _unpacked(x, values, scale):
 
 
 _PRODUCTS = {"integer": _integer, "pallas": _pallas, "unpacked": _unpacked}
+_OF_STACKS = {"blocked": _blocked, "columns": read_columns}
 
 
 class ReadPacked(nnx.Module):
-    """Packed linear maps of one input, their outputs side by side. values, scale: of each map, as they were. place: in stacks."""
+    """Packed linear maps of one input, their outputs side by side. values, scale: of each map, as they were unless the form is
+    ``columns``. place: in stacks."""
 
     lora: nnx.Module | None = None
     place: jax.Array | int = 0
@@ -189,6 +214,19 @@ class ReadPacked(nnx.Module):
             pairs = [packed_columns(*pair, columns) for pair in pairs]
         self.values = nnx.List([Quantized(values) for values, _ in pairs])
         self.scales = nnx.List([Quantized(scale) for _, scale in pairs])
+
+    def lay_out(self, release: bool) -> None:
+        """int4 matrices by columns, one after the other; with ``release`` those that they were made of are freed."""
+        for values, scale in zip(self.values, self.scales, strict=True):
+            old = values[...], scale[...]
+            if old[0].dtype != jnp.uint8:
+                continue
+            new = jax.block_until_ready(by_columns(*old))
+            values.set_value(new[0])
+            scale.set_value(new[1])
+            if release:
+                for array in old:
+                    array.delete()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""

@@ -87,8 +87,9 @@ class Sampler:
       cache_dtype: "float32", "bfloat16" or "int8"; None: the activation dtype.
       chunk: longest prefill chunk.
       release: free the bundle's own decoder layers while they are laid out for reading, so that weights are in memory
-        once; the bundle can sample through this sampler only then.
-      packed_product: form of products with packed weights (``gemma4_jax.sample.packed``); None: the device's.
+        once; the bundle can sample through this sampler only then. On CPUs int4 weights take the fast form ``columns`` then.
+      packed_product: form of products with packed weights (``gemma4_jax.sample.packed``); None: what suits the device
+        without holding weights twice.
 
     Raises:
       ConfigError: an argument outside of its choices, or a fixed draft length without a drafter.
@@ -125,12 +126,16 @@ class Sampler:
         self._compile_seconds = 0.0
         self.chunk = min(chunk, max_length)
         self._model = bundle.model
-        self.packed_product = None if config.quantization is None else chosen_form(packed_product)
+        self.packed_product = (
+            None if config.quantization is None else chosen_form(packed_product, config.quantization, release)
+        )
         looped = self.packed_product is not None and reads_blocks(config.quantization, self.packed_product)
         target = ReadTarget(bundle.model, release, looped)
         drafter = None if bundle.drafter is None else ReadDrafter(bundle.drafter)
         if self.packed_product is not None:
-            set_form([target] + ([] if drafter is None else [drafter]), self.packed_product)
+            set_form([target], self.packed_product, release)
+            if drafter is not None:
+                set_form([drafter], self.packed_product)
         self._looped = target.looped
         self._target = nnx.split(target)
         self._drafter = (None, None) if drafter is None else nnx.split(drafter)

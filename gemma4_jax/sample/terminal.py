@@ -126,7 +126,7 @@ def open_sampler(section: Mapping[str, Any]) -> Sampler:
     bundle = load(section["checkpoint"], drafter=section["drafter"] or None, dtype=section["dtype"])
     drafts = "auto" if section["draft_tokens"] is None else section["draft_tokens"]
     length = min(section["max_length"], bundle.config.max_position_embeddings)
-    return Sampler(bundle, max_length=length, draft_tokens=drafts)
+    return Sampler(bundle, max_length=length, draft_tokens=drafts, release=True)
 
 
 def chat_settings(section: Mapping[str, Any]) -> dict[str, Any]:

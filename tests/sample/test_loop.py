@@ -48,12 +48,13 @@ def layer_cache(config, caches, layer, batch):
     return jax.tree.map(lambda x: x[before * batch : (before + 1) * batch], stack)
 
 
+@pytest.mark.parametrize("form", ["blocked", "columns"])
 @pytest.mark.parametrize(("layer_types", "cache_dtype"), [(GROUP * 2 + (SLIDING,), "float32"), (GROUP * 2, "int8")])
-def test_a_loop_does_what_its_layers_do(monkeypatch, layer_types, cache_dtype):
+def test_a_loop_does_what_its_layers_do(monkeypatch, layer_types, cache_dtype, form):
     """Uneven rows in chunks past the window, then rounds with drafts: hidden rows, every layer's cache, tokens."""
     bundle = packed_bundle(layer_types)
     looped, plain = both_ways(
-        monkeypatch, bundle, max_length=64, draft_tokens=2, chunk=8, cache_dtype=cache_dtype, packed_product="blocked"
+        monkeypatch, bundle, max_length=64, draft_tokens=2, chunk=8, cache_dtype=cache_dtype, packed_product=form
     )
     assert looped._looped
     assert not plain._looped
@@ -76,8 +77,8 @@ def test_a_loop_does_what_its_layers_do(monkeypatch, layer_types, cache_dtype):
 def test_what_is_looped():
     """Only what reads its matrices block by block: of other products a slice of a stack would be a copy."""
     for scheme, form, looped in (
-        ("int4", "integer", True), ("int4", "blocked", True), ("int4", "unpacked", False),
-        ("int8", "integer", False), ("int8", "blocked", True),
+        ("int4", "integer", True), ("int4", "blocked", True), ("int4", "unpacked", False), ("int4", "columns", True),
+        ("int8", "integer", False), ("int8", "blocked", True), ("int8", "columns", False),
     ):  # fmt: skip
         sampler = Sampler(packed_bundle(GROUP, scheme), max_length=32, draft_tokens=0, packed_product=form)
         assert sampler._looped is looped, (scheme, form)
@@ -99,9 +100,11 @@ def lowered_programs(sampler, rows=2, steps=2):
     ), prefix.caches
 
 
-def test_no_stack_is_copied():
+@pytest.mark.parametrize("form", ["blocked", "columns"])
+def test_no_stack_is_copied(form):
     """Neither caches nor packed weights: a copy for each layer would cost as much as all layers."""
-    sampler = Sampler(packed_bundle(GROUP * 3, sliding_window=100), max_length=700, draft_tokens=2)
+    bundle = packed_bundle(GROUP * 3, sliding_window=100)
+    sampler = Sampler(bundle, max_length=700, draft_tokens=2, packed_product=form)
     lowered, caches = lowered_programs(sampler)
     stacks = jax.tree.leaves(caches) + [x for x in jax.tree.leaves(sampler._target[1]) if x.ndim == 4]
     shapes = {",".join(map(str, x.shape)) for x in stacks}

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_models import prompts_of, small_bundle
 
 import gemma4_jax as g4
@@ -15,7 +17,8 @@ from gemma4_jax import quantize
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.packed import pack, unpack
 from gemma4_jax.sample import packed as reads
-from gemma4_jax.sample import programs
+from gemma4_jax.sample import packed_columns, programs
+from gemma4_jax.sample.packed_columns import by_columns
 from gemma4_jax.sample.packed_kernel import packed_product
 from gemma4_jax.sample.sampler import Sampler
 from gemma4_jax.sample.weights import ReadTarget
@@ -35,10 +38,56 @@ def test_blocked_products(scheme, rows, monkeypatch):
     """200 outputs in blocks of 80: the last one begins early."""
     monkeypatch.setattr(reads, "BLOCK_NUMBERS", 80 * 192)
     x, values, scale, expected = product_case(scheme, rows)
-    for form in ("integer", "blocked", "unpacked"):
+    for form in ("integer", "blocked", "unpacked") + (("columns",) if scheme == "int8" else ()):
         found = jax.jit(reads.read_packed, static_argnums=3)(x[None], values, scale, form)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found[0], expected, atol=2e-5 * np.abs(expected).max())
+
+
+@given(
+    rows=st.integers(1, 14), groups=st.integers(1, 9), outputs=st.integers(1, 300), layers=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_products_by_columns(rows, groups, outputs, layers, seed):
+    """Any matrix of a stack: one row, pairs and what is left, blocks (the last of 80 columns begins early), odd numbers of
+    groups; weights of all sixteen values and scales of either sign."""
+    rng = np.random.default_rng(seed)
+    values = jnp.asarray(rng.integers(0, 256, (layers, 1, outputs, groups * 16)), jnp.uint8)
+    scale = jnp.asarray(rng.standard_normal((layers, 1, outputs, groups)), jnp.float16)
+    x = jnp.asarray(rng.standard_normal((rows, groups * 32)) * 10.0 ** rng.integers(-3, 4, (rows, 1)), jnp.float32)
+    laid_out = by_columns(values, scale)
+    assert [part.shape for part in laid_out] == [(layers, 1, groups * 16, outputs), (layers, 1, groups, outputs)]
+    place = layers - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_columns, "COLUMNS", 80)
+        patch.setattr(packed_columns, "PAIRED_ROWS", 5)
+        found = jax.jit(lambda *args: reads.read_packed(*args[:3], "columns", args[3]))(x, *laid_out, jnp.int32(place))
+    weights = np.asarray(unpack(values[place, 0], scale[place, 0]), np.float64)
+    bound = (
+        np.abs(np.asarray(x, np.float64)) @ np.abs(weights).T
+        + 8 * np.abs(x).sum(1, keepdims=True) * np.abs(scale).max()
+    )
+    assert found.dtype == jnp.float32
+    assert (np.abs(found - np.asarray(x, np.float64) @ weights.T) <= 2e-6 * bound).all()
+
+
+def test_rows_by_columns_do_not_touch_each_other():
+    """NaN and infinity in one row of a pair stay there; a row of zeros gives zeros."""
+    x, values, scale, _ = product_case("int4", 6)
+    x = x.at[1, 3].set(jnp.nan).at[2].set(0).at[4, 5].set(jnp.inf)
+    found = reads.read_packed(x, *by_columns(values, scale), "columns")
+    assert np.isfinite(found[jnp.array([0, 2, 3, 5])]).all()
+    np.testing.assert_array_equal(found[2], 0)
+    assert np.isnan(found[1]).all() and not np.isfinite(found[4]).any()
+
+
+def test_layouts_are_transposed_whole():
+    """More rows than are moved together, and not a multiple of them."""
+    values = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 3, 300, 48)), jnp.uint8)
+    scale = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 300, 3)), jnp.float16)
+    for found, source in zip(by_columns(values, scale), (values, scale), strict=True):
+        np.testing.assert_array_equal(found, np.swapaxes(source, -1, -2))
 
 
 @pytest.mark.parametrize("width", [192, 15360])
@@ -96,14 +145,20 @@ def test_the_kernel_lowers_for_accelerators(scheme, platform, backend):
 def test_no_weights_are_unpacked_whole():
     """The compiled program of a large product holds no buffer of the matrix's size in f32."""
     run = jax.jit(reads.read_packed, static_argnums=3)
-    for scheme, form in (("int4", "blocked"), ("int8", "blocked"), ("int8", "integer")):
-        x, values, scale, _ = product_case(scheme, 1, outputs=4096, width=1024)
+    for scheme, form, rows, least in (
+        ("int4", "blocked", 1, 4), ("int8", "blocked", 1, 4), ("int8", "integer", 1, 64),
+        ("int4", "columns", 1, 16), ("int4", "columns", 5, 6), ("int4", "columns", 16, 6),
+    ):  # fmt: skip
+        x, values, scale, _ = product_case(scheme, rows, outputs=4096, width=1024)
+        parts = {form: (values, scale), "unpacked": (values, scale)}
+        if form == "columns":
+            parts[form] = by_columns(values, scale)
         sizes = {
-            name: run.lower(x, values, scale, name).compile().memory_analysis().temp_size_in_bytes
-            for name in (form, "unpacked")
+            name: run.lower(x, *packed, name).compile().memory_analysis().temp_size_in_bytes
+            for name, packed in parts.items()
         }
         assert sizes["unpacked"] >= 4 * 4096 * 1024
-        assert sizes[form] < sizes["unpacked"] / (64 if form == "integer" else 4)
+        assert sizes[form] < sizes["unpacked"] / least, (form, rows, sizes)
 
 
 def test_prefill_holds_one_layer_at_a_time(monkeypatch):
@@ -127,17 +182,19 @@ def test_generations_equal_those_of_the_unpacked_model(scheme):
     plain = quantize.dequantize(small)
     prompts = prompts_of([9, 14])
     expected = g4.Sampler(plain, max_length=64, draft_tokens=0).generate(prompts, max_new_tokens=12, stop_ids=[])
-    for steps in (0, 2):
-        found = g4.Sampler(small, max_length=64, draft_tokens=steps).generate(prompts, max_new_tokens=12, stop_ids=[])
-        assert found.tokens == expected.tokens
-    assert found.stats.drafted > 0
+    for form in (None, "columns"):
+        for steps in (0, 2):
+            sampler = g4.Sampler(small, max_length=64, draft_tokens=steps, packed_product=form)
+            found = sampler.generate(prompts, max_new_tokens=12, stop_ids=[])
+            assert found.tokens == expected.tokens
+        assert found.stats.drafted > 0
 
 
 def test_the_form_is_chosen_and_logged(caplog):
     small = quantize.quantize_model(small_bundle(intermediate_size=64), "int8")
     target = ReadTarget(small.model)
     with caplog.at_level(logging.INFO):
-        form = reads.chosen_form(None)
+        form = reads.chosen_form(None, "int8")
         assert form == "integer"
         reads.set_form([target], form)
     assert "packed products in form 'integer' ('blocked' where" in caplog.text
@@ -148,6 +205,33 @@ def test_the_form_is_chosen_and_logged(caplog):
     sampler = g4.Sampler(small, max_length=32, draft_tokens=0, packed_product="unpacked")
     assert sampler.packed_product == "unpacked"
     assert g4.Sampler(small_bundle(), max_length=32, draft_tokens=0).packed_product is None
+
+
+def test_int4_is_laid_out_by_columns_when_it_may_be_released(caplog):
+    small = quantize.quantize_model(small_bundle(intermediate_size=64), "int4")
+    tokens = jnp.asarray([[2, 7, 9]], jnp.int32)
+    expected = small.model(tokens).hidden
+    answers = []
+
+    def answer(sampler):
+        answers.append(sampler.generate([[2, 7, 9]], max_new_tokens=8, stop_ids=[]).tokens)
+        return sampler.packed_product
+
+    with caplog.at_level(logging.INFO):
+        assert answer(g4.Sampler(small, max_length=32, draft_tokens=0)) == "integer"
+        assert "release=True or packed_product='columns'" in caplog.text
+        assert answer(g4.Sampler(small, max_length=32, draft_tokens=0, packed_product="columns")) == "columns"
+        np.testing.assert_array_equal(small.model(tokens).hidden, expected)  # the bundle is as it was
+        caplog.clear()
+        assert answer(g4.Sampler(small, max_length=32, draft_tokens=0, release=True)) == "columns"
+        assert "packed products in form 'columns' ('integer' for int8)" in caplog.text
+    assert answers[0] == answers[1] == answers[2]
+    with pytest.raises(RuntimeError, match="deleted"):
+        small.model(tokens)
+    assert (
+        g4.Sampler(quantize.quantize_model(small_bundle(), "int8"), max_length=32, release=True).packed_product
+        == "integer"
+    )
 
 
 def test_adapters_stay_beside_packed_weights():
