@@ -38,31 +38,37 @@ log = logging.getLogger(__name__)
 SMALL = 1 << 19  # numbers of a matrix that stays in a core's cache
 
 
-def read_matmul(x: jax.Array, weight: jax.Array, turned: bool = False) -> jax.Array:
+def read_matmul(x: jax.Array, weight: jax.Array, turned: bool = False, widened: bool = False) -> jax.Array:
     """``x @ weight.T`` in f32 for few rows: x (..., I), weight (O, I) -> f32 (..., O). turned: weight is (I, O).
 
-    The input is kept out of the product's loop by a barrier, else XLA:CPU recomputes what is fused into it for every output.
-    One row of bf16 is padded to two: XLA:CPU has a fast form for two rows only (7 to 13 times that for one).
+    widened: weight is f32 that holds bf16 numbers, and x is widened to meet it. The input is kept out of the product's loop by a
+    barrier, else XLA:CPU recomputes what is fused into it for every output. One row of bf16 is padded to two: XLA:CPU has a fast
+    form for two rows only (7 to 13 times that for one).
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if widened else x.dtype)
     count = rows.shape[0]
     if count == 1 and weight.dtype == jnp.bfloat16:
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
     rows = jax.lax.optimization_barrier(rows)
     form = "mi,io->mo" if turned else "mi,oi->mo"
-    y = product(form, rows, weight.astype(x.dtype))
+    y = product(form, rows, weight.astype(rows.dtype))
     return y[:count].reshape(*x.shape[:-1], -1)
 
 
 def _turns(weight: jax.Array) -> bool:
-    """Whether (I, O) is the better orientation: for small f32 matrices on XLA:CPU. Two to eight rows cost half of what they
-    cost with (O, I), which it lays out anew in each product; large ones are read from memory, which takes as long."""
-    return weight.dtype == jnp.float32 and weight.size <= SMALL and _on_host(weight)
+    """Whether f32 (I, O) is the better form: for small matrices on XLA:CPU. Two to eight rows cost half of what they cost with
+    (O, I), which it lays out anew in each product; large ones are read from memory, which takes as long. Small ones of bf16
+    are read from a cache, where half the bytes gain nothing, and one row takes half to a third of its time in f32."""
+    return weight.dtype in (jnp.float32, jnp.bfloat16) and weight.size <= SMALL and _on_host(weight)
+
+
+def _turned(weight: jax.Array) -> nnx.Param:
+    return nnx.Param(weight.astype(jnp.float32).T)
 
 
 class ReadLinear(nnx.Module):
-    """A linear map for few rows. weight (out, in), or (in, out) if ``turned``; lora: None, or the adapters of what it was made
-    of."""
+    """A linear map for few rows. weight (out, in), or (in, out) if ``turned``, in f32 then (``widened``: made of bf16); lora:
+    None, or the adapters of what it was made of."""
 
     lora: nnx.Module | None = None
 
@@ -73,13 +79,14 @@ class ReadLinear(nnx.Module):
             weights = [weight[:, columns] for weight in weights]
         weight = weights[0] if len(weights) == 1 else jnp.concatenate(weights)
         self.turned = _turns(weight)
-        self.weight = nnx.Param(weight.T if self.turned else weight)
+        self.widened = self.turned and weight.dtype == jnp.bfloat16
+        self.weight = _turned(weight) if self.turned else nnx.Param(weight)
         if any(source.lora is not None for source in sources):
             self.lora = ReadAdapters(sources, columns)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
-        y = read_matmul(x, self.weight[...], self.turned).astype(x.dtype)
+        y = read_matmul(x, self.weight[...], self.turned, self.widened).astype(x.dtype)
         return y if self.lora is None else y + self.lora(x)
 
 
@@ -147,7 +154,7 @@ class ReadFeedForward(nnx.Module):
 
 
 class ReadEmbedder(Embedder):
-    """The shared table, read as input rows and as output head. table (V, D); head: None, or a small table's (D, V).
+    """The shared table, read as input rows and as output head. table (V, D); head: None, or a small table's f32 (D, V).
 
     With ``head_only`` it is read as output head alone, and held once in any case.
     """
@@ -156,7 +163,8 @@ class ReadEmbedder(Embedder):
         table = source.table[...]
         turns = _turns(table)
         self.table = None if turns and head_only else source.table
-        self.head = nnx.Param(table.T) if turns else None
+        self.widened = turns and table.dtype == jnp.bfloat16
+        self.head = _turned(table) if turns else None
         bits = _bits(table)
         self.bits = None if bits is None else Bits(bits)
 
@@ -171,7 +179,7 @@ class ReadEmbedder(Embedder):
     def decode(self, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
         """f32 logits: hidden (..., D) -> (..., V)."""
         if self.head is not None:
-            return soft_cap(read_matmul(hidden, self.head[...], turned=True), softcap)
+            return soft_cap(read_matmul(hidden, self.head[...], turned=True, widened=self.widened), softcap)
         return soft_cap(read_matmul(hidden, self.table[...]), softcap)
 
 
