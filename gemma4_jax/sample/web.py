@@ -272,8 +272,11 @@ def build_page(web: WebChat, *, thinking: bool = False, compare: bool = True):
             except (ConfigError, MediaError, PromptError) as error:
                 raise gr.Error(str(error), print_exception=False) from error
 
-        box.submit(say, [box, state, think, both], [log, tokens, speeds, box, state], api_name="say")
-        fresh.click(lambda: (Conversation(), [], [], ""), None, [state, log, tokens, speeds], api_name="fresh")
+        saying = box.submit(say, [box, state, think, both], [log, tokens, speeds, box, state], api_name="say")
+        # A reply that is still being written would bring the old conversation back.
+        fresh.click(
+            lambda: (Conversation(), [], [], ""), None, [state, log, tokens, speeds], api_name="fresh", cancels=[saying]
+        )
     return page
 
 

@@ -165,7 +165,7 @@ class ReadEmbedder(Embedder):
         self.table = None if turns and head_only else source.table
         self.widened = turns and table.dtype == jnp.bfloat16
         self.head = _turned(table) if turns else None
-        bits = _bits(table)
+        bits = None if self.table is None else _bits(table)
         self.bits = None if bits is None else Bits(bits)
 
     def encode(self, tokens: jax.Array, dtype) -> jax.Array:

@@ -208,7 +208,9 @@ def test_the_form_is_chosen_and_logged(caplog):
 
 
 def test_int4_is_laid_out_by_columns_when_it_may_be_released(caplog):
-    small = quantize.quantize_model(small_bundle(intermediate_size=64), "int4")
+    small = quantize.quantize_model(
+        small_bundle(seed=21, intermediate_size=64), "int4"
+    )  # no other test's: it is used up
     tokens = jnp.asarray([[2, 7, 9]], jnp.int32)
     expected = small.model(tokens).hidden
     answers = []
@@ -228,10 +230,8 @@ def test_int4_is_laid_out_by_columns_when_it_may_be_released(caplog):
     assert answers[0] == answers[1] == answers[2]
     with pytest.raises(RuntimeError, match="deleted"):
         small.model(tokens)
-    assert (
-        g4.Sampler(quantize.quantize_model(small_bundle(), "int8"), max_length=32, release=True).packed_product
-        == "integer"
-    )
+    whole_rows = quantize.quantize_model(small_bundle(seed=22), "int8")
+    assert g4.Sampler(whole_rows, max_length=32, release=True).packed_product == "integer"
 
 
 def test_adapters_stay_beside_packed_weights():
