@@ -29,6 +29,7 @@ from gemma4_jax.config import unknown_name
 from gemma4_jax.model.layers import Linear, soft_cap
 from gemma4_jax.packed import GROUP, Quantized, QuantizedEmbedder, QuantizedLinear, packed_columns, unpack
 from gemma4_jax.sample import packed_kernel
+from gemma4_jax.sample.blocks import halves, over_blocks, to_write_over
 from gemma4_jax.sample.packed_columns import by_columns, read_columns
 
 log = logging.getLogger(__name__)
@@ -132,23 +133,17 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array | int) -> jax.Array:
-    outputs, count = values.shape[-2], x.shape[0]
-    width = x.shape[1]
+    outputs, width = values.shape[-2], x.shape[1]
     size = min(outputs, max(16, BLOCK_NUMBERS // width // 16 * 16))
     x = jax.lax.optimization_barrier(x.astype(jnp.float32))
-    halves = _halves(x) if values.dtype == jnp.uint8 else None
+    x_halves = halves(x) if values.dtype == jnp.uint8 else None
 
-    def block(i, y):
-        # The last block begins earlier where the rows do not fill it, and writes some outputs again.
-        start = jnp.minimum(i * size, outputs - size)
+    def block(start, y):
         some = [_rows(part, place, start, size) for part in (values, scale)]
-        new = _block_int8(x, *some) if halves is None else _block_int4(halves, *some)
+        new = _block_int8(x, *some) if x_halves is None else _block_int4(x_halves, *some)
         return jax.lax.dynamic_update_slice(y, new, (jnp.int32(0), start))
 
-    blocks = -(-outputs // size)
-    # All of it is written over. Zeros would do, but they wait for nothing: XLA then makes those of all layers at the start.
-    start = jnp.broadcast_to(x[:1, :1], (count, outputs))
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(blocks), block, start)
+    return over_blocks(outputs, size, block, to_write_over(x, outputs))
 
 
 def _rows(part: jax.Array, place: jax.Array | int, start: jax.Array, size: int) -> jax.Array:
@@ -169,15 +164,9 @@ def _block_int8(x, values, scale):
     return _product(x, values.astype(jnp.float32)) * scale[:, 0].astype(jnp.float32)
 
 
-def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The inputs of all low and of all high halves of bytes: (M, I) -> twice (M, I/2)."""
-    groups = x.reshape(x.shape[0], -1, 2, GROUP // 2)
-    return groups[:, :, 0].reshape(x.shape[0], -1), groups[:, :, 1].reshape(x.shape[0], -1)
-
-
-def _block_int4(halves, values, scale):
+def _block_int4(x_halves, values, scale):
     """Low and high halves are unpacked apart, so that nothing is interleaved."""
-    low, high = halves
+    low, high = x_halves
     groups = values.reshape(*scale.shape, GROUP // 2)
     scale = scale.astype(jnp.float32)[..., None]
     parts = [

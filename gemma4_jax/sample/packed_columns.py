@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma4_jax.packed import GROUP
+from gemma4_jax.sample.blocks import halves, over_blocks, to_write_over
 
 HALF = GROUP // 2  # bytes of a group; number j is in the low half of byte j, number j + 16 in its high half
 PAIRED_ROWS = 10
@@ -42,14 +43,12 @@ def _transposed(stack: jax.Array) -> jax.Array:
     rows = min(outputs, TRANSPOSED_ROWS)
 
     def matrix(source):
-        def block(i, result):
-            start = jnp.minimum(i * rows, outputs - rows)
+        def block(start, result):
             some = jax.lax.optimization_barrier(jax.lax.dynamic_slice_in_dim(source, start, rows))
             some = jax.lax.optimization_barrier(some.T)
             return jax.lax.dynamic_update_slice_in_dim(result, some, start, axis=1)
 
-        blocks = jnp.int32(-(-outputs // rows))
-        return jax.lax.fori_loop(jnp.int32(0), blocks, block, jnp.zeros((width, outputs), source.dtype))
+        return over_blocks(outputs, rows, block, jnp.zeros((width, outputs), source.dtype))
 
     return jax.lax.map(matrix, stack.reshape(-1, outputs, width)).reshape(*lead, width, outputs)
 
@@ -62,9 +61,10 @@ def read_columns(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.A
     scale = scale.reshape(-1, *scale.shape[-2:])
     values = values.reshape(*scale.shape[:2], HALF, -1)
     place = jnp.int32(place)
-    x = x.astype(jnp.float32).reshape(len(x), -1, 2, HALF)
+    x = x.astype(jnp.float32)
     if len(x) > PAIRED_ROWS:
         return _blocks(x, values, scale, place)
+    x = x.reshape(len(x), -1, 2, HALF)
     return _few(x, values, scale, place) if len(x) <= 2 else _pairs(x, values, scale, place)
 
 
@@ -79,7 +79,7 @@ def _pairs(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array) 
         some = _few(jax.lax.dynamic_slice_in_dim(x, 2 * i, 2), *matrix, place)
         return jax.lax.dynamic_update_slice_in_dim(y, some, 2 * i, axis=0)
 
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(len(x) // 2), pair, _to_fill(x, scale))[:count]
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(len(x) // 2), pair, to_write_over(x, scale.shape[-1]))[:count]
 
 
 def _few(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array) -> jax.Array:
@@ -119,27 +119,18 @@ def _total(sums: list[jax.Array]) -> jax.Array:
 
 
 def _blocks(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array) -> jax.Array:
-    """Many rows: x (M, G, 2, 16) -> (M, O)."""
-    count, groups, outputs = len(x), *scale.shape[1:]
+    """Many rows: x (M, I) -> (M, O)."""
+    groups, outputs = scale.shape[1:]
     columns = min(outputs, COLUMNS)
-    x = jax.lax.optimization_barrier(x.transpose(2, 0, 1, 3).reshape(2, count, -1))
+    x_low, x_high = jax.lax.optimization_barrier(halves(x))
 
-    def block(i, y):
-        # The last block begins earlier where the columns do not fill it, and writes some outputs again.
-        start = jnp.minimum(i * columns, outputs - columns)
+    def block(start, y):
         bits = jax.lax.dynamic_slice(values, (place, 0, 0, start), (1, groups, HALF, columns))[0].astype(jnp.int32)
         factor = jax.lax.dynamic_slice(scale, (place, 0, start), (1, groups, columns))[0].astype(jnp.float32)[:, None]
-        halves = [((half - 8).astype(jnp.float32) * factor).reshape(-1, columns) for half in (bits & 15, bits >> 4)]
+        parts = [((half - 8).astype(jnp.float32) * factor).reshape(-1, columns) for half in (bits & 15, bits >> 4)]
         # The barrier keeps the conversion out of the products' inner loops.
-        low, high = jax.lax.optimization_barrier(halves)
-        new = jnp.einsum("mi,io->mo", x[0], low) + jnp.einsum("mi,io->mo", x[1], high)
+        low, high = jax.lax.optimization_barrier(parts)
+        new = jnp.einsum("mi,io->mo", x_low, low) + jnp.einsum("mi,io->mo", x_high, high)
         return jax.lax.dynamic_update_slice(y, new, (jnp.int32(0), start))
 
-    blocks = jnp.int32(-(-outputs // columns))
-    return jax.lax.fori_loop(jnp.int32(0), blocks, block, _to_fill(x.transpose(1, 0, 2), scale))
-
-
-def _to_fill(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Something of the shape of x (M, …) times a matrix. Zeros would do, but they wait for nothing: XLA then makes those of all
-    layers at the start."""
-    return jnp.broadcast_to(x.reshape(len(x), -1)[:, :1], (len(x), scale.shape[-1]))
+    return over_blocks(outputs, columns, block, to_write_over(x, outputs))

@@ -1,0 +1,34 @@
+"""What the loops over packed weights share. Axis letters: M rows of input, O outputs, I inputs, G = I/32 groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gemma4_jax.packed import GROUP
+
+
+def over_blocks(
+    total: int, size: int, step: Callable[[jax.Array, jax.Array], jax.Array], result: jax.Array
+) -> jax.Array:
+    """``result = step(start, result)`` for every block of ``size`` (at most ``total``). The last block begins earlier where
+    the others leave less than a block, and does some again."""
+
+    def block(i, result):
+        return step(jnp.minimum(i * size, total - size), result)
+
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-total // size)), block, result)
+
+
+def to_write_over(x: jax.Array, outputs: int) -> jax.Array:
+    """An array (M, O), for x (M, …), all of which will be written. Zeros would do, but they wait for nothing: XLA then makes
+    those of all layers at the start."""
+    return jnp.broadcast_to(x.reshape(-1)[:1], (len(x), outputs))
+
+
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The inputs of all low and of all high halves of bytes: (M, I) -> twice (M, I/2)."""
+    groups = x.reshape(x.shape[0], -1, 2, GROUP // 2)
+    return groups[:, :, 0].reshape(x.shape[0], -1), groups[:, :, 1].reshape(x.shape[0], -1)
