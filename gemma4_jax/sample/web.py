@@ -54,11 +54,16 @@ class WebOptions:
 @dataclasses.dataclass
 class Conversation:
     """One visitor's state. history: as ``Chat.history``. shown: the messages on the page, thoughts included. turns: replies
-    made so far."""
+    made so far. ended: the visitor has begun another one; a reply that is being written stops at its next fragment."""
 
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     shown: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     turns: int = 0
+    ended: bool = False
+
+
+class _EndedError(Exception):
+    """Stops the sampler when the conversation has ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +100,7 @@ class WebChat:
         """Say something; views of the page while the reply comes in, the last one complete.
 
         Args:
-          conversation: changed when the reply is complete, and not at all on an error.
+          conversation: changed when the reply is complete, and not at all on an error or when it ends before.
           files: paths of pictures, sound and video, which stand before the text.
 
         Raises:
@@ -107,13 +112,24 @@ class WebChat:
             before.append({"role": "user", "content": text})
         chat = self._chat(self._sampler, conversation, thinking)
         parts: dict[str, str] = {}
-        streamed = _streamed(lambda put: chat.send(text, **media, on_text=put))
+
+        def send(chat: Chat, put: Callable[[Fragment], Any]) -> ChatReply:
+            def on_text(fragment: Fragment):
+                if conversation.ended:
+                    raise _EndedError
+                put(fragment)
+
+            return chat.send(text, **media, on_text=on_text)
+
+        streamed = _streamed(lambda put: send(chat, put))
         while True:
             try:
                 fragment: Fragment = next(streamed)
             except StopIteration as end:
                 reply: ChatReply = end.value
                 break
+            except _EndedError:
+                return
             parts[fragment.kind] = parts.get(fragment.kind, "") + fragment.text
             thought = parts.get(THINKING)
             yield View([*before, *_shown(parts.get("answer", ""), thought, "answer" not in parts)], [], "")
@@ -122,10 +138,12 @@ class WebChat:
         plain = None
         if compare and self.has_drafter:
             yield View(messages, tokens, speed_table(reply, None))
-            with ThreadPoolExecutor(
-                1
-            ) as pool:  # as in _streamed: the server's own threads are not waited for at its end
-                plain = pool.submit(self._chat(self._plain, conversation, thinking).send, text, **media).result()
+            again = self._chat(self._plain, conversation, thinking)
+            with ThreadPoolExecutor(1) as pool:  # as in _streamed: the server's threads are not waited for at its end
+                try:
+                    plain = pool.submit(send, again, lambda fragment: None).result()
+                except _EndedError:
+                    return
         conversation.history, conversation.shown = chat.history, messages
         conversation.turns += 1
         yield View(messages, tokens, speed_table(reply, plain) if self.has_drafter else speed_table(None, reply))
@@ -264,19 +282,27 @@ def build_page(web: WebChat, *, thinking: bool = False, compare: bool = True):
         def say(message: Mapping[str, Any], conversation: Conversation, think: bool, both: bool):
             text, files = (message.get("text") or "").strip(), list(message.get("files") or ())
             if not text and not files:
-                yield conversation.shown, gr.skip(), gr.skip(), gr.skip(), conversation
+                yield conversation.shown, gr.skip(), gr.skip(), gr.skip()
                 return
+            entry = None  # the box is emptied once: what is written during the reply stays
             try:
                 for view in web.reply(conversation, text, files, thinking=think, compare=both):
-                    yield view.messages, view.tokens, view.speeds, None, conversation
+                    yield view.messages, view.tokens, view.speeds, entry
+                    entry = gr.skip()
             except (ConfigError, MediaError, PromptError) as error:
                 raise gr.Error(str(error), print_exception=False) from error
+            if conversation.ended:
+                # A view that was under way may reach the page after ``begin_anew`` cleared it, and Gradio sends the last
+                # one again when a function ends: so the last one is the empty page. ``cancels`` would leave that to chance.
+                yield [], [], "", gr.skip()
 
-        saying = box.submit(say, [box, state, think, both], [log, tokens, speeds, box, state], api_name="say")
-        # A reply that is still being written would bring the old conversation back.
-        fresh.click(
-            lambda: (Conversation(), [], [], ""), None, [state, log, tokens, speeds], api_name="fresh", cancels=[saying]
-        )
+        def begin_anew(conversation: Conversation):
+            conversation.ended = True
+            return Conversation(), [], [], ""
+
+        # ``say`` changes the conversation in place: as an output, an ended one could take the new one's place.
+        box.submit(say, [box, state, think, both], [log, tokens, speeds, box], api_name="say")
+        fresh.click(begin_anew, state, [state, log, tokens, speeds], api_name="fresh")
     return page
 
 

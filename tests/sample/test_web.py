@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import re
 import subprocess
@@ -26,23 +27,33 @@ STATS = types.SimpleNamespace(tokens_per_second=12.34, drafted=8, accepted=6, me
 
 
 class Scripted:
-    """A sampler with a drafter that says what it is told."""
+    """A sampler with a drafter that says what it is told; ``wait()`` is called after half of a reply."""
 
-    def __init__(self, *outputs, draft_tokens=4):
+    def __init__(self, *outputs, draft_tokens=4, wait=lambda: None):
         self.tokenizer, self.chat_template, self.draft_tokens = TOKENIZER, None, draft_tokens
-        self.outputs, self.calls = list(outputs), []
+        self.outputs, self.calls, self.wait = list(outputs), [], wait
 
     def with_draft_tokens(self, count):
-        plain = Scripted(*self.outputs, draft_tokens=count)
+        plain = Scripted(*self.outputs, draft_tokens=count, wait=self.wait)
         plain.calls = self.calls
         return plain
 
     def generate(self, prompts, images, audio, videos, *, on_token, **settings):
-        self.calls.append({"draft_tokens": self.draft_tokens, "images": images[0], "audio": audio[0], **settings})
+        self.calls.append(
+            {
+                "prompt": str(prompts[0]),
+                "draft_tokens": self.draft_tokens,
+                "images": images[0],
+                "audio": audio[0],
+                **settings,
+            }
+        )
         if any("broken" in path for path in images[0]):
             raise MediaError("row 0: image 0: broken.png is not an image")
         tokens = self.outputs.pop(0)
-        for index in tokens:
+        for i, index in enumerate(tokens):
+            if i == len(tokens) // 2:
+                self.wait()
             on_token(0, index, "")
         drafted = [[bool(i % 2) and self.draft_tokens != 0 for i in range(len(tokens))]]
         return types.SimpleNamespace(tokens=[tokens], drafted=drafted, finish_reasons=["stop"], stats=STATS)
@@ -112,6 +123,19 @@ def test_a_refused_message_changes_nothing():
     with pytest.raises(MediaError, match="broken.png is not an image"):
         said(chat, conversation, files=["/tmp/broken.png"])
     assert conversation == web.Conversation()
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_a_reply_stops_when_its_conversation_ends(compared):
+    conversation = web.Conversation()
+
+    def end_during_the_last_call():
+        conversation.ended = len(sampler.calls) == 1 + compared
+
+    sampler = Scripted(ids("it is 1"), ids("it is 1"), wait=end_during_the_last_call)
+    views, last = said(web.WebChat(sampler), conversation)
+    assert conversation == web.Conversation(ended=True) and len(sampler.calls) == 1 + compared
+    assert bool(last.speeds) == compared and not any("Both wrote" in view.speeds for view in views)
 
 
 def test_options_and_config(monkeypatch):
@@ -199,3 +223,43 @@ def test_a_visitor_in_a_browser(address, tmp_path):
         page.locator("#message textarea:enabled").wait_for()
         page.locator("#fresh").click()
         log.get_by_text("What is in this picture?").wait_for(state="detached")
+
+
+def serve_scripted(halfway, released, answers):
+    """A page whose sampler says so in the middle of a reply and waits to be released; a process of its own."""
+
+    def wait():
+        halfway.set()
+        assert released.wait(120)
+
+    sampler = Scripted(ids("it is 1 1 1"), ids("2 2"), wait=wait)
+    page = web.build_page(web.WebChat(sampler), compare=False)
+    web.serve(page, web.WebOptions(port=0), lambda line: answers.put(line.removeprefix("listening on ")))
+
+
+def test_a_new_conversation_while_a_reply_is_written():
+    context = multiprocessing.get_context("spawn")
+    halfway, released, answers = context.Event(), context.Event(), context.SimpleQueue()
+    process = context.Process(target=serve_scripted, args=(halfway, released, answers), daemon=True)
+    process.start()
+    try:
+        with chromium() as browser:
+            page = browser.new_page()
+            page.set_default_timeout(120_000)
+            page.goto(answers.get())
+            box, log = page.locator("#message textarea"), page.locator("#conversation")
+            box.fill("what is it?")
+            box.press("Enter")
+            log.get_by_text("what is it?").wait_for()
+            assert halfway.wait(120)
+            page.locator("#fresh").click()
+            log.get_by_text("what is it?").wait_for(state="detached")
+            released.set()  # the rest of the reply comes after the page is empty
+            box.fill("and 3?")
+            box.press("Enter")
+            log.get_by_text("2 2").wait_for()
+            page.locator("#message textarea:enabled").wait_for()
+            assert "and 3?" in log.inner_text() and "it is" not in log.inner_text()
+    finally:
+        process.terminate()
+        process.join()
