@@ -119,7 +119,7 @@ def unpack(values: jax.Array, scale: jax.Array, dtype=jnp.float32) -> jax.Array:
     return weights.astype(dtype).reshape(*scale.shape[:-1], -1)
 
 
-def packed_columns(values: jax.Array, scale: jax.Array, columns: slice) -> tuple[jax.Array, jax.Array]:
+def input_columns(values: jax.Array, scale: jax.Array, columns: slice) -> tuple[jax.Array, jax.Array]:
     """Some input columns of packed weights, whole groups of them."""
     width = values.shape[-1] * (2 if values.dtype == jnp.uint8 else 1)
     start, stop, _ = columns.indices(width)
@@ -205,7 +205,7 @@ class QuantizedLinear(Linear):
         """See ``Linear.product``."""
         values, scale = self.values[...], self.scale[...]
         if columns is not None:
-            values, scale = packed_columns(values, scale, columns)
+            values, scale = input_columns(values, scale, columns)
         y = packed_matmul(x, values, scale)
         return y if self.lora is None else y + self.lora(x, columns)
 

@@ -78,7 +78,7 @@ def test_columns_of_packed_weights():
         values, scale = packed.pack(jnp.asarray(w), scheme)
         whole = packed.unpack(values, scale)
         for columns in (slice(None, 64), slice(64, None)):
-            part = packed.unpack(*packed.packed_columns(values, scale, columns))
+            part = packed.unpack(*packed.input_columns(values, scale, columns))
             np.testing.assert_array_equal(part, whole[:, columns])
 
 

@@ -27,7 +27,7 @@ from flax import nnx
 
 from gemma4_jax.config import unknown_name
 from gemma4_jax.model.layers import Linear, soft_cap
-from gemma4_jax.packed import GROUP, Quantized, QuantizedEmbedder, QuantizedLinear, packed_columns, unpack
+from gemma4_jax.packed import GROUP, Quantized, QuantizedEmbedder, QuantizedLinear, input_columns, unpack
 from gemma4_jax.sample import packed_kernel
 from gemma4_jax.sample.blocks import halves, over_blocks, to_write_over
 from gemma4_jax.sample.packed_columns import by_columns, read_columns
@@ -200,7 +200,7 @@ class ReadPacked(nnx.Module):
         self.form = "blocked"
         pairs = [(source.values[...], source.scale[...]) for source in sources]
         if columns is not None:
-            pairs = [packed_columns(*pair, columns) for pair in pairs]
+            pairs = [input_columns(*pair, columns) for pair in pairs]
         self.values = nnx.List([Quantized(values) for values, _ in pairs])
         self.scales = nnx.List([Quantized(scale) for _, scale in pairs])
 
