@@ -259,7 +259,6 @@ def _ours_speculative(options):
 def _draft_seconds(sampler, graph, drafter_weights, steps: int, times: int = 8):
     """A function that measures seconds of the drafter alone, ``steps`` tokens, in a loop of its own."""
     import jax
-    from flax import nnx
 
     from gemma4_jax.sample.decode import draft
 
@@ -268,7 +267,7 @@ def _draft_seconds(sampler, graph, drafter_weights, steps: int, times: int = 8):
 
     @jax.jit
     def run(target_weights, drafter_weights, state):
-        target, drafter = nnx.merge(target_graph, target_weights), nnx.merge(graph, drafter_weights)
+        target, drafter = target_graph.merge(target_weights), graph.merge(drafter_weights)
 
         def again(_, newest):
             return draft(target, drafter, state._replace(newest=newest), wanted, mode, steps, None)[:, -1]
@@ -288,7 +287,6 @@ def _scripted(graph):
     def propose(weights, target, state, request, mode, steps, noise):
         import jax
         import jax.numpy as jnp
-        from flax import nnx
 
         from gemma4_jax.sample.decode import draft
 
@@ -300,7 +298,7 @@ def _scripted(graph):
         tokens = jnp.where(wrong, (right + 1) % target.config.vocab_size, right)
         if graph is None:
             return tokens
-        own = draft(target, nnx.merge(graph, drafter_weights), state, request, mode, steps, noise)
+        own = draft(target, graph.merge(drafter_weights), state, request, mode, steps, noise)
         return jax.lax.optimization_barrier((tokens, own))[0]
 
     return propose

@@ -60,6 +60,9 @@ class LayerCache(NamedTuple):
     values: Store | None
 
 
+Entries = Store | LayerCache
+
+
 @dataclasses.dataclass(frozen=True)
 class KindLayout:
     """What the layers of one kind store for a token."""
@@ -275,13 +278,13 @@ def read_both(layout: KindLayout, cache: LayerCache, dtype) -> tuple[jax.Array, 
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def write_tokens(store: Store, new: Store, starts: jax.Array, ring: bool, first: jax.Array | int = 0) -> Store:
+def write_tokens(old: Entries, new: Entries, starts: jax.Array, ring: bool, first: jax.Array | int = 0) -> Entries:
     """Write T positions of every row from ``starts`` (B,) int32 on, in place inside a device loop.
 
     In a ring each position goes to its own slot; else they lie side by side. The caller sees to it that they fit.
-    first: of the layer's rows.
+    old, new: stores, or all stores of a layer, which are written in one loop. first: of the layer's rows.
     """
-    length, slots, zero = new.data.shape[2], store.data.shape[2], jnp.int32(0)
+    (_, slots), (_, length), zero = _rows_and_places(old), _rows_and_places(new), jnp.int32(0)
 
     def put(row, buffer, values):
         one = jax.lax.dynamic_slice_in_dim(values, row, 1, axis=0)
@@ -293,29 +296,35 @@ def write_tokens(store: Store, new: Store, starts: jax.Array, ring: bool, first:
             buffer = jax.lax.dynamic_update_slice(buffer, one[:, :, t : t + 1], (first + row, zero, slot, zero))
         return buffer
 
-    return _row_by_row(put, store, new, starts)
+    return _row_by_row(put, old, new, starts)
 
 
-def _row_by_row(put: Callable[..., jax.Array], store: Store, new: Store, starts: jax.Array) -> Store:
+def _rows_and_places(entries: Entries) -> tuple[int, int]:
+    """Rows, and slots or positions, of arrays (B, K, S, C)."""
+    shape = jax.tree.leaves(entries)[0].shape
+    return shape[0], shape[2]
+
+
+def _row_by_row(put: Callable[..., jax.Array], old: Entries, new: Entries, starts: jax.Array) -> Entries:
     """``put(row, buffer, values)`` for every row and array, in place.
 
     A loop even for one row, and with a bound that XLA cannot fold: a bare update would be repeated inside the product that
     reads it, and the whole ring copied for that.
     """
     zero = jnp.int32(0)
-    bound = jnp.where(starts[0] >= 0, jnp.int32(new.data.shape[0]), zero)
-    return jax.lax.fori_loop(zero, bound, lambda row, old: jax.tree.map(lambda b, v: put(row, b, v), old, new), store)
+    bound = jnp.where(starts[0] >= 0, jnp.int32(_rows_and_places(new)[0]), zero)
+    return jax.lax.fori_loop(zero, bound, lambda row, old: jax.tree.map(lambda b, v: put(row, b, v), old, new), old)
 
 
 def write_chunk(
-    store: Store, new: Store, starts: jax.Array, counts: jax.Array, ring: bool, first: jax.Array | int = 0
-) -> Store:
+    old: Entries, new: Entries, starts: jax.Array, counts: jax.Array, ring: bool, first: jax.Array | int = 0
+) -> Entries:
     """Write the first ``counts`` (B,) of T positions of every row from ``starts`` (B,) on; the others leave no trace.
 
     For prefill: T may exceed the ring (the newest stay) and the padded end may lie beyond the capacity. A ring is given
     alone (``layer_rows``); first: of the layer's rows in a global cache.
     """
-    slots, length = store.data.shape[2], new.data.shape[2]
+    (_, slots), (_, length) = _rows_and_places(old), _rows_and_places(new)
     if ring:
         position = ring_positions(starts + counts, slots)
         source = position - starts[:, None]
@@ -325,7 +334,7 @@ def write_chunk(
             taken = jnp.take_along_axis(values, jnp.clip(source, 0, length - 1)[:, None, :, None], axis=2)
             return jnp.where(fresh[:, None, :, None], taken, old)
 
-        return jax.tree.map(mix, store, new)
+        return jax.tree.map(mix, old, new)
     width = min(length, slots)
     at = jnp.clip(starts, 0, slots - width)
     source = at[:, None] + jnp.arange(width, dtype=jnp.int32)[None] - starts[:, None]
@@ -337,7 +346,7 @@ def write_chunk(
         kept = jax.lax.dynamic_slice(buffer, place, (1, buffer.shape[1], width, buffer.shape[3]))
         return jax.lax.dynamic_update_slice(buffer, jnp.where(fresh[row][None, None, :, None], taken, kept), place)
 
-    return _row_by_row(put, store, new, starts)
+    return _row_by_row(put, old, new, starts)
 
 
 # --------------------------------------------------------------------------------------------------------- reading

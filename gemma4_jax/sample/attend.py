@@ -133,10 +133,10 @@ class _Keys(NamedTuple):
 
 def _write(layout, cache: LayerCache, k, v, put) -> LayerCache:
     keys, values = kv.stored_form(layout, k, v)
-    stored_keys = put(cache.keys, kv.encode(keys, cache.keys, layout.key_parts))
-    if values is None:
-        return LayerCache(stored_keys, None)
-    return LayerCache(stored_keys, put(cache.values, kv.encode(values, cache.values, (layout.head_width,))))
+    new = LayerCache(kv.encode(keys, cache.keys, layout.key_parts), None)
+    if values is not None:
+        new = new._replace(values=kv.encode(values, cache.values, (layout.head_width,)))
+    return put(cache, new)
 
 
 def drafter_attend(

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from gemma4_jax.errors import ConfigError, PromptError
 from gemma4_jax.memory import give_back_freed_memory
@@ -137,8 +136,8 @@ class Sampler:
             if drafter is not None:
                 set_form([drafter], self.packed_product)
         self._looped = target.looped
-        self._target = nnx.split(target)
-        self._drafter = (None, None) if drafter is None else nnx.split(drafter)
+        self._target = programs.taken_apart(target)
+        self._drafter = (None, None) if drafter is None else programs.taken_apart(drafter)
         self._bias = jnp.asarray(request.suppression(config))
 
     def with_draft_tokens(self, draft_tokens: int | str) -> Sampler:
@@ -328,7 +327,7 @@ class Sampler:
 
     def run_rounds(self, state: decode.State, wanted: decode.Request, mode: Mode, steps: int, rounds: int):
         """Up to ``rounds`` rounds that draft ``steps`` tokens each: the new state, and the ``Emission`` on the host."""
-        network, arguments = (*self._target, *self._drafter), (state, wanted, jnp.asarray(rounds, jnp.int32))
+        network, arguments = (*self._target, *self._drafter), (state, wanted, np.int32(rounds))
         state, out = self._call(programs.rounds, network, arguments, steps=steps, mode=mode, buffer=BUFFER)
         return state, jax.device_get(out)
 

@@ -250,5 +250,6 @@ def test_adapters_stay_beside_packed_weights():
     prompt = prompts_of([9])
     expected = small.model.logits(small.model(jnp.asarray(prompt, jnp.int32)).hidden)[0, -1]
     sampler = g4.Sampler(small, max_length=32, draft_tokens=0)
-    found = nnx.merge(*sampler._target).logits(sampler.prefill([np.asarray(prompt[0], np.int32)]).hidden)[0]
+    structure, arrays = sampler._target
+    found = structure.merge(arrays).logits(sampler.prefill([np.asarray(prompt[0], np.int32)]).hidden)[0]
     np.testing.assert_allclose(found, expected, atol=2e-4 * float(jnp.ptp(expected)))

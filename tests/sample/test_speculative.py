@@ -146,9 +146,7 @@ def test_draft_logits_use_exactly_the_accepted_keys(case):
 
 def _recorded_draft(target_graph, weights, graph, drafter_weights, state, record):
     """Drafts by way of the loop's own function; ``record`` gets the logits (B, 1, V) of every step."""
-    from flax import nnx
-
-    target, drafter = nnx.merge(target_graph, weights), nnx.merge(graph, drafter_weights)
+    target, drafter = target_graph.merge(weights), graph.merge(drafter_weights)
     plain = drafter.embedder.decode
 
     def decode_and_record(y):
