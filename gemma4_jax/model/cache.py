@@ -36,7 +36,7 @@ import numpy as np
 
 from gemma4_jax.config import FULL, SLIDING, ModelConfig
 from gemma4_jax.errors import ConfigError
-from gemma4_jax.model.apart import own_program
+from gemma4_jax.model.apart import own_program, runs_apart
 from gemma4_jax.model.attention import MASKED
 from gemma4_jax.model.decoder import runs_of, scanned_layers
 from gemma4_jax.model.products import product
@@ -44,6 +44,7 @@ from gemma4_jax.model.rope import inverse_frequencies
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.uint16, "int8": jnp.int8}  # and what holds their numbers
 BLOCK = 256  # slots of a global cache read at once
+FEW = 64  # query rows for which XLA:CPU multiplies f32 keys by query columns faster than rows by keys, which it lays out anew
 
 
 class Store(NamedTuple):
@@ -361,11 +362,18 @@ def attend_whole(layout: KindLayout, q: jax.Array, keys: jax.Array, values: jax.
     Returns:
       (B, K, M, H) in q's dtype. Rows without an allowed key are finite and meaningless.
     """
-    scores = product("bkmc,bksc->bkms", q, keys)
-    scores = _masked(layout, scores, mask)
+    scores = _masked(layout, _scores(q, keys), mask)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = product("bkms,bksh->bkmh", weights, values)
     return out.astype(q.dtype)
+
+
+def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
+    """f32 products of queries (B, K, M, C) and keys (B, K, S, C): (B, K, M, S)."""
+    if q.dtype == jnp.float32 and q.shape[2] <= FEW and runs_apart():
+        columns = jax.lax.optimization_barrier(q.swapaxes(2, 3))
+        return product("bksc,bkcm->bksm", keys, columns).swapaxes(2, 3)
+    return product("bkmc,bksc->bkms", q, keys)
 
 
 def _masked(layout: KindLayout, scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -408,8 +416,7 @@ def attend_blocks(
         top, total, out = carry
         start = i * BLOCK
         keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), q.dtype)
-        scores = product("bkmc,bksc->bkms", q, keys)
-        scores = _masked(layout, scores, (start + index)[None, None] <= last[:, :, None])
+        scores = _masked(layout, _scores(q, keys), (start + index)[None, None] <= last[:, :, None])
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_top)
         shrink = jnp.exp(top - new_top)
