@@ -300,8 +300,11 @@ def build_page(web: WebChat, *, thinking: bool = False, compare: bool = True):
             conversation.ended = True
             return Conversation(), [], [], ""
 
-        # ``say`` changes the conversation in place: as an output, an ended one could take the new one's place.
-        box.submit(say, [box, state, think, both], [log, tokens, speeds, box], api_name="say")
+        # ``say`` changes the conversation in place: as an output, an ended one could take the new one's place. What is sent
+        # during a reply is sent again when that has ended; by default Gradio drops it.
+        box.submit(
+            say, [box, state, think, both], [log, tokens, speeds, box], api_name="say", trigger_mode="always_last"
+        )
         fresh.click(begin_anew, state, [state, log, tokens, speeds], api_name="fresh")
     return page
 
