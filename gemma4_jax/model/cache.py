@@ -285,7 +285,7 @@ def write_tokens(old: Entries, new: Entries, starts: jax.Array, ring: bool, firs
     In a ring each position goes to its own slot; else they lie side by side. The caller sees to it that they fit.
     old, new: stores, or all stores of a layer, which are written in one loop. first: of the layer's rows.
     """
-    (_, slots), (_, length), zero = _rows_and_places(old), _rows_and_places(new), jnp.int32(0)
+    slots, length, zero = _places(old), _places(new), jnp.int32(0)
 
     def put(row, buffer, values):
         one = jax.lax.dynamic_slice_in_dim(values, row, 1, axis=0)
@@ -300,10 +300,9 @@ def write_tokens(old: Entries, new: Entries, starts: jax.Array, ring: bool, firs
     return _row_by_row(put, old, new, starts)
 
 
-def _rows_and_places(entries: Entries) -> tuple[int, int]:
-    """Rows, and slots or positions, of arrays (B, K, S, C)."""
-    shape = jax.tree.leaves(entries)[0].shape
-    return shape[0], shape[2]
+def _places(entries: Entries) -> int:
+    """Slots or positions of arrays (B, K, S, C)."""
+    return jax.tree.leaves(entries)[0].shape[2]
 
 
 def _row_by_row(put: Callable[..., jax.Array], old: Entries, new: Entries, starts: jax.Array) -> Entries:
@@ -313,7 +312,7 @@ def _row_by_row(put: Callable[..., jax.Array], old: Entries, new: Entries, start
     reads it, and the whole ring copied for that.
     """
     zero = jnp.int32(0)
-    bound = jnp.where(starts[0] >= 0, jnp.int32(_rows_and_places(new)[0]), zero)
+    bound = jnp.where(starts[0] >= 0, jnp.int32(len(starts)), zero)
     return jax.lax.fori_loop(zero, bound, lambda row, old: jax.tree.map(lambda b, v: put(row, b, v), old, new), old)
 
 
@@ -325,7 +324,7 @@ def write_chunk(
     For prefill: T may exceed the ring (the newest stay) and the padded end may lie beyond the capacity. A ring is given
     alone (``layer_rows``); first: of the layer's rows in a global cache.
     """
-    (_, slots), (_, length) = _rows_and_places(old), _rows_and_places(new)
+    slots, length = _places(old), _places(new)
     if ring:
         position = ring_positions(starts + counts, slots)
         source = position - starts[:, None]

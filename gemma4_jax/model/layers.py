@@ -139,8 +139,11 @@ class Embedder(nnx.Module):
 
         The factor sqrt(D) is rounded to the table's dtype (bf16 at D=3840: 62.0; f32: 61.96773), as published.
         """
-        table = self.table[...]
-        return (table[tokens] * embedding_scale(table)).astype(dtype)
+        return (self.rows(tokens) * embedding_scale(self.table[...])).astype(dtype)
+
+    def rows(self, tokens: jax.Array) -> jax.Array:
+        """Unscaled rows (B, T, D) of the table, in its dtype."""
+        return self.table[...][tokens]
 
     def decode(self, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
         """Logits in f32 from the unscaled table: hidden (..., D) -> (..., V)."""

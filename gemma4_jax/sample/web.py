@@ -301,7 +301,7 @@ def build_page(web: WebChat, *, thinking: bool = False, compare: bool = True):
             return Conversation(), [], [], ""
 
         # ``say`` changes the conversation in place: as an output, an ended one could take the new one's place. What is sent
-        # during a reply is sent again when that has ended; by default Gradio drops it.
+        # during a reply waits for its end; by default Gradio drops it.
         box.submit(
             say, [box, state, think, both], [log, tokens, speeds, box], api_name="say", trigger_mode="always_last"
         )

@@ -28,7 +28,7 @@ from gemma4_jax.model.attention import Attention
 from gemma4_jax.model.cache import LayerCache, cache_entries
 from gemma4_jax.model.decoder import Block, Gemma4, runs_of, scanned_layers
 from gemma4_jax.model.drafter import Drafter
-from gemma4_jax.model.layers import Embedder, FeedForward, Linear, embedding_scale, soft_cap
+from gemma4_jax.model.layers import Embedder, FeedForward, Linear, soft_cap
 from gemma4_jax.model.products import product
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
 from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed
@@ -169,13 +169,12 @@ class ReadEmbedder(Embedder):
         bits = None if self.table is None else _bits(table)
         self.bits = None if bits is None else Bits(bits)
 
-    def encode(self, tokens: jax.Array, dtype) -> jax.Array:
-        """See ``Embedder.encode``. Rows are taken from ``bits`` where there are any."""
+    def rows(self, tokens: jax.Array) -> jax.Array:
+        """See ``Embedder.rows``. They are taken from ``bits`` where there are any."""
         table = self.table[...]
-        rows = _rows(table if self.bits is None else self.bits[...], tokens)
-        if self.bits is not None:
-            rows = jax.lax.bitcast_convert_type(rows, table.dtype)
-        return (rows * embedding_scale(table)).astype(dtype)
+        if self.bits is None:
+            return _rows(table, tokens)
+        return jax.lax.bitcast_convert_type(_rows(self.bits[...], tokens), table.dtype)
 
     def decode(self, hidden: jax.Array, softcap: float | None = None) -> jax.Array:
         """f32 logits: hidden (..., D) -> (..., V)."""

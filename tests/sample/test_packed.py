@@ -208,9 +208,8 @@ def test_the_form_is_chosen_and_logged(caplog):
 
 
 def test_int4_is_laid_out_by_columns_when_it_may_be_released(caplog):
-    small = quantize.quantize_model(
-        small_bundle(seed=21, intermediate_size=64), "int4"
-    )  # no other test's: it is used up
+    # A seed that no other test has: the bundle is used up.
+    small = quantize.quantize_model(small_bundle(seed=21, intermediate_size=64), "int4")
     tokens = jnp.asarray([[2, 7, 9]], jnp.int32)
     expected = small.model(tokens).hidden
     answers = []
