@@ -1,6 +1,6 @@
 """Speed beside installed peers, in turns within one run.
 
-    python launch.py --config configs/benchmark.py:train   (or decode, prefill, speculative, load)
+    python launch.py --config configs/benchmark.py:train   (or decode, prefill, speculative, load, device)
 
 Needs the ``[test]`` extra for transformers and torch. Hardware: 2 CPU cores, 8 GB, a few minutes. Expected: ``results.json`` and
 ``table.md`` with tokens per second, peak memory and the ratio of both sides.
@@ -76,7 +76,24 @@ def load():
     )
 
 
-MODES = {"train": train, "decode": decode, "prefill": prefill, "speculative": speculative, "load": load}
+def device():
+    """Sampling on the first device alone, by weight format: made-up weights of the 12B, shares of what the device can do. On a
+    card of 80 GB, ``XLA_PYTHON_CLIENT_MEM_FRACTION=0.2`` holds it to 16 GB; ``--config.options.dtypes="('int8',)"`` fits there."""
+    return _config(
+        "device",
+        model="gemma4_12b",
+        dtypes=("bfloat16", "int8", "int4"),
+        modes=("decode", "prefill", "speculative"),
+        rounds=3,
+        new_tokens=96,
+        prompt_tokens=4096,
+        chunk=2048,
+        draft_tokens=4,
+        acceptance=0.7,
+    )
+
+
+MODES = {"train": train, "decode": decode, "prefill": prefill, "speculative": speculative, "load": load, "device": device}
 
 
 def get_config(arg="train"):

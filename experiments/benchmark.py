@@ -15,6 +15,7 @@ MODES = {
     "prefill": "experiments.benchmarks.sampling",
     "speculative": "experiments.benchmarks.sampling",
     "load": "experiments.benchmarks.load",
+    "device": "experiments.benchmarks.device",
 }
 
 

@@ -18,11 +18,17 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import gemma4_jax as g4
 from experiments.benchmarks.peers import transformers_model
 from experiments.benchmarks.workers import Worker, alternate, serve
 from gemma4_jax.config import ModelConfig, get_preset
+from gemma4_jax.quantize import quantize_model
+from gemma4_jax.sample.decode import draft
+from gemma4_jax.text.tokenizer import train_tokenizer
 
 MODULE = "experiments.benchmarks.sampling"
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -101,16 +107,25 @@ def model_config(options: dict[str, Any], dtype: str = "float32") -> ModelConfig
 
 
 def _prepare(options: dict[str, Any]):
-    makers = {"machine": _machine, "transformers": _transformers, "llama_cpp": _llama_cpp}
-    ours = {"decode": _ours_decode, "prefill": _ours_prefill, "speculative": _ours_speculative}
-    return (ours[options["mode"]] if options["side"] == "ours" else makers[options["side"]])(options)
+    makers = {"machine": _machine, "transformers": _transformers, "llama_cpp": _llama_cpp, "ours": _ours}
+    return makers[options["side"]](options)
+
+
+def _ours(options):
+    mode, bundle = options["mode"], _bundle(options)
+    steps = options["draft_tokens"] if mode == "speculative" else 0
+    lengths = {
+        "decode": LATE + 256,
+        "prefill": options["prompt_tokens"] + 16,
+        "speculative": EARLY + 2 * options["new_tokens"] + 64,
+    }
+    sampler = g4.Sampler(bundle, max_length=lengths[mode], draft_tokens=steps, release=True)
+    measures = {"decode": decode_rates, "prefill": prefill_rate, "speculative": speculation}
+    return measures[mode](sampler, options)
 
 
 def _machine(options):
     """What the machine can do at most: bytes a second of a matrix-vector product, operations a second of a matrix product."""
-    import jax
-    import jax.numpy as jnp
-
     weights = [jnp.ones((8192, 2048), jnp.float32) * i for i in range(4)]
     square = jnp.ones((2048, 2048), jnp.float32)
     read = jax.jit(lambda x, weights: sum(jnp.einsum("i,oi->o", x, w) for w in weights))
@@ -138,25 +153,14 @@ def _seconds(function) -> float:
 
 
 def _bundle(options):
-    import gemma4_jax as g4
-    from gemma4_jax.quantize import quantize_model
-
     dtype = options["dtype"]
     if dtype in SCHEMES:
         return quantize_model(g4.init(model_config(options), seed=0), SCHEMES[dtype])
     return g4.init(model_config(options, dtype), seed=0)
 
 
-def _sampler(bundle, **options):
-    import gemma4_jax as g4
-
-    return g4.Sampler(bundle, **options, release=True)
-
-
 def _state(sampler, rows: int, length: int):
     """A generation with ``length`` positions in its caches, without the time to fill them: cost depends on lengths alone."""
-    import jax.numpy as jnp
-
     wanted, mode = sampler._request([[0]] * rows, 1 << 20, (0.0, 0, 1.0, 0.0, 1.0), 0, [])
     prefix = sampler.empty(rows)
     prefix = prefix._replace(lengths=jnp.full_like(prefix.lengths, length), hidden=jnp.ones_like(prefix.hidden))
@@ -177,9 +181,8 @@ def _round_seconds(sampler, rows: int, length: int, rounds: int, steps: int = 0)
     return once
 
 
-def _ours_decode(options):
-    bundle = _bundle(options)
-    sampler = _sampler(bundle, max_length=LATE + 256, draft_tokens=0)
+def decode_rates(sampler, options):
+    """A function that measures tokens a second: one row early and late in a text, and ``ROWS`` rows."""
     count = options["new_tokens"]
     early, late = (_round_seconds(sampler, 1, length, count) for length in (EARLY, LATE))
     many = _round_seconds(sampler, ROWS, EARLY, count)
@@ -196,11 +199,10 @@ def _ours_decode(options):
     return once
 
 
-def _ours_prefill(options):
-    bundle = _bundle(options)
+def prefill_rate(sampler, options):
+    """A function that measures prompt tokens a second."""
     count = options["prompt_tokens"]
-    sampler = _sampler(bundle, max_length=count + 16, draft_tokens=0)
-    prompt = np.random.default_rng(0).integers(5, bundle.config.vocab_size, count).astype(np.int32)
+    prompt = np.random.default_rng(0).integers(5, sampler.config.vocab_size, count).astype(np.int32)
 
     def once():
         return {
@@ -211,14 +213,10 @@ def _ours_prefill(options):
     return once
 
 
-def _ours_speculative(options):
-    """Plain and speculative rounds with drafts accepted at ``acceptance`` each, and what verification and drafting cost."""
-    import jax.numpy as jnp
-
-    bundle = _bundle(options)
+def speculation(sampler, options):
+    """A function that measures plain and speculative rounds with drafts accepted at ``acceptance`` each, and what verification and drafting cost."""
     steps, count = options["draft_tokens"], options["new_tokens"]
-    sampler = _sampler(bundle, max_length=EARLY + 2 * count + 64, draft_tokens=steps)
-    prompt = np.random.default_rng(0).integers(5, bundle.config.vocab_size, EARLY).tolist()
+    prompt = np.random.default_rng(0).integers(5, sampler.config.vocab_size, EARLY).tolist()
     graph, drafter_weights = sampler._drafter
     free, paid = _scripted(None), _scripted(graph)
 
@@ -258,10 +256,6 @@ def _ours_speculative(options):
 
 def _draft_seconds(sampler, graph, drafter_weights, steps: int, times: int = 8):
     """A function that measures seconds of the drafter alone, ``steps`` tokens, in a loop of its own."""
-    import jax
-
-    from gemma4_jax.sample.decode import draft
-
     state, wanted, mode = _state(sampler, 1, EARLY)
     target_graph, target_weights = sampler._target
 
@@ -285,11 +279,6 @@ def _scripted(graph):
     """A drafter with known answers; with ``graph`` the real one runs beside it and its tokens are thrown away."""
 
     def propose(weights, target, state, request, mode, steps, noise):
-        import jax
-        import jax.numpy as jnp
-
-        from gemma4_jax.sample.decode import draft
-
         answers, drafter_weights = weights
         last = answers["right"].shape[1] - 1
         position = jnp.minimum(state.lengths[:, None] + 1 + jnp.arange(steps, dtype=jnp.int32)[None], last)
@@ -333,9 +322,6 @@ def _transformers(options):
 
 
 def _write_gguf(options, dtypes, folder: Path) -> None:
-    import gemma4_jax as g4
-    from gemma4_jax.text.tokenizer import train_tokenizer
-
     bundle = g4.init(dataclasses.replace(model_config(options), drafter=None), seed=0)
     # A tokenizer with merges, which the format needs; prompts are ids.
     bundle = dataclasses.replace(bundle, tokenizer=train_tokenizer([__doc__], bundle.config.vocab_size))

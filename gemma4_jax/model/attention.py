@@ -22,6 +22,7 @@ from gemma4_jax.model.rope import apply_rope
 MASKED = -1e30  # finite: a row with no allowed key gives a uniform softmax, not NaN
 
 QUERY_BLOCK = 128  # query rows at least that share one run of keys
+GPU_QUERY_BLOCK = 512  # each run takes seconds to compile there, and masked products cost little
 MOST_BLOCKS = 16
 
 Rope = tuple[jax.Array, jax.Array]
@@ -34,7 +35,8 @@ def query_blocks(length: int, band: Band) -> list[tuple[slice, slice]]:
     One run where the band is open on both sides or the rows are few. Runs are at most ``MOST_BLOCKS``: each is code of its
     own.
     """
-    size = max(QUERY_BLOCK, -(-length // MOST_BLOCKS // QUERY_BLOCK) * QUERY_BLOCK)
+    least = GPU_QUERY_BLOCK if jax.default_backend() == "gpu" else QUERY_BLOCK
+    size = max(least, -(-length // MOST_BLOCKS // least) * least)
     if band == Band():
         size = length
     blocks = []

@@ -44,6 +44,7 @@ from gemma4_jax.model.rope import inverse_frequencies
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.uint16, "int8": jnp.int8}  # and what holds their numbers
 BLOCK = 256  # slots of a global cache read at once
+GPU_BLOCK = 2048  # on GPUs, where each turn of a loop waits for the host
 FEW = 64  # query rows for which XLA:CPU multiplies f32 keys by query columns faster than rows by keys, which it lays out anew
 
 
@@ -286,6 +287,8 @@ def write_tokens(old: Entries, new: Entries, starts: jax.Array, ring: bool, firs
     old, new: stores, or all stores of a layer, which are written in one loop. first: of the layer's rows.
     """
     slots, length, zero = _places(old), _places(new), jnp.int32(0)
+    if jax.default_backend() == "gpu":
+        return _scatter_tokens(old, new, starts, ring, first)
 
     def put(row, buffer, values):
         one = jax.lax.dynamic_slice_in_dim(values, row, 1, axis=0)
@@ -298,6 +301,20 @@ def write_tokens(old: Entries, new: Entries, starts: jax.Array, ring: bool, firs
         return buffer
 
     return _row_by_row(put, old, new, starts)
+
+
+def _scatter_tokens(old: Entries, new: Entries, starts: jax.Array, ring: bool, first: jax.Array | int) -> Entries:
+    """``write_tokens`` as one scatter an array: on GPUs each turn of a loop waits for the host."""
+    slots, length = _places(old), _places(new)
+    places = starts[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+    places = jnp.mod(places, jnp.int32(slots)) if ring else places
+    rows = first + jnp.arange(len(starts), dtype=jnp.int32)[:, None]
+
+    def put(buffer, values):
+        at = buffer.at[rows, :, places]
+        return at.set(values.swapaxes(1, 2), mode="promise_in_bounds", unique_indices=True)
+
+    return jax.tree.map(put, old, new)
 
 
 def _places(entries: Entries) -> int:
@@ -401,21 +418,24 @@ def attend_blocks(
     """
     b, kv, m, _ = q.shape
     slots = cache.keys.data.shape[2]
-    if slots <= BLOCK:  # one block: no loop
+    block = GPU_BLOCK if jax.default_backend() == "gpu" else BLOCK
+    if slots <= block:  # one block: no loop
         mask = jnp.arange(slots, dtype=jnp.int32) <= last[:, :, None]
         return attend_whole(layout, q, *read_both(layout, layer_rows(cache, first, b), q.dtype), mask)
-    blocks = jnp.max(last) // BLOCK + 1
-    index = jnp.arange(BLOCK, dtype=jnp.int32)
+    blocks = jnp.max(last) // block + 1
+    index = jnp.arange(block, dtype=jnp.int32)
 
     def cut(x, start):
         place = (jnp.int32(first), jnp.int32(0), start, jnp.int32(0))
-        return jax.lax.dynamic_slice(x, place, (b, x.shape[1], BLOCK, x.shape[3]))
+        return jax.lax.dynamic_slice(x, place, (b, x.shape[1], block, x.shape[3]))
 
     def step(i, carry):
         top, total, out = carry
-        start = i * BLOCK
+        start = jnp.minimum(i * block, slots - block)  # the last block may begin earlier: what lies before it has been read
+        positions = start + index
         keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), q.dtype)
-        scores = _masked(layout, _scores(q, keys), (start + index)[None, None] <= last[:, :, None])
+        unread = (positions >= i * block)[None, None]
+        scores = _masked(layout, _scores(q, keys), unread & (positions[None, None] <= last[:, :, None]))
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_top)
         shrink = jnp.exp(top - new_top)

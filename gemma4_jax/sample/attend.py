@@ -87,6 +87,8 @@ class PrefillAttend:
                 plain = dataclasses.replace(layout, compact=False)
                 return self._over_chunk(plain, kv.query_form(plain, q, None), k, v)
 
+            if jax.default_backend() == "gpu":  # a choice waits for the host, and both sides have to be compiled
+                return kv.heads_of_rows(look_back(), length), new
             return kv.heads_of_rows(jax.lax.cond(jnp.any(self.starts > 0), look_back, alone), length), new
 
         return attend

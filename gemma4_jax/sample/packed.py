@@ -13,6 +13,8 @@ Forms, by name (``FORMS``):
 * ``blocked``: plain XLA. A loop over blocks of output rows, each unpacked into f32 where the cache holds it and multiplied
   from there. The loop is the point: without it XLA:CPU converts inside the product's inner loop, ten times slower.
 * ``pallas``: a kernel for GPU and TPU, unpacking in registers (``gemma4_jax.sample.packed_kernel``).
+* ``reduced``: for GPUs. Few rows are sums along the rows of weights (``gemma4_jax.sample.reduced``); more take one product,
+  whose kernel converts int8 as it reads it, while int4 is unpacked in memory for it.
 * ``unpacked``: one product with all weights unpacked, for comparison.
 """
 
@@ -27,8 +29,9 @@ from flax import nnx
 
 from gemma4_jax.config import unknown_name
 from gemma4_jax.model.layers import Linear, soft_cap
+from gemma4_jax.model.products import product
 from gemma4_jax.packed import GROUP, Quantized, QuantizedEmbedder, QuantizedLinear, input_columns, unpack
-from gemma4_jax.sample import packed_kernel
+from gemma4_jax.sample import packed_kernel, reduced
 from gemma4_jax.sample.blocks import halves, over_blocks, to_write_over
 from gemma4_jax.sample.packed_columns import by_columns, read_columns
 
@@ -42,14 +45,14 @@ _EXCEPT = {
     "integer": f" ('blocked' where numbers have group scales, and for more than {INTEGER_ROWS} rows)",
     "columns": " ('integer' for int8)",
 }
-FORMS = ("integer", "columns", "blocked", "pallas", "unpacked")
+FORMS = ("integer", "columns", "blocked", "reduced", "pallas", "unpacked")
 
 
 def default_form(scheme: str, release: bool) -> str:
-    """The form that suits the first device: ``pallas`` on GPU and TPU; elsewhere ``columns`` for int4 weights that may be laid
-    out anew without being held twice (``release``), ``integer`` for others."""
-    if jax.devices()[0].platform in ("gpu", "tpu"):
-        return "pallas"
+    """The form that suits the backend: ``reduced`` on GPU, ``pallas`` on TPU; elsewhere ``columns`` for int4 weights that may be
+    laid out anew without being held twice (``release``), ``integer`` for others."""
+    if jax.default_backend() in ("gpu", "tpu"):
+        return {"gpu": "reduced", "tpu": "pallas"}[jax.default_backend()]
     if scheme != "int4":
         return "integer"
     if not release:
@@ -82,7 +85,7 @@ def set_form(modules: Sequence[nnx.Module], form: str, release: bool = False) ->
     packed = [node for node in nodes if isinstance(node, (ReadPacked, ReadPackedEmbedder))]
     for node in packed:
         node.form = form
-        if form == "columns" and isinstance(node, ReadPacked):
+        if form in ("columns", "reduced") and isinstance(node, ReadPacked):
             node.lay_out(release)
     log.info("%d packed products in form %r%s", len(packed), form, _EXCEPT.get(form, ""))
 
@@ -180,11 +183,19 @@ def _pallas(x, values, scale):
     return packed_kernel.packed_product(x, values, scale)
 
 
+def _reduced(x, values, scale):
+    if len(x) <= reduced.ROWS:
+        return reduced.reduced_product(x, values, scale)
+    if values.dtype == jnp.int8 and scale.shape[1] == 1:  # exact in bf16
+        return product("mi,oi->mo", x, values.astype(x.dtype)) * scale[:, 0].astype(jnp.float32)
+    return product("mi,oi->mo", x, unpack(values, scale, x.dtype))
+
+
 def _unpacked(x, values, scale):
     return _product(x.astype(jnp.float32), unpack(values, scale))
 
 
-_PRODUCTS = {"integer": _integer, "pallas": _pallas, "unpacked": _unpacked}
+_PRODUCTS = {"integer": _integer, "reduced": _reduced, "pallas": _pallas, "unpacked": _unpacked}
 _OF_STACKS = {"blocked": _blocked, "columns": read_columns}
 
 
@@ -205,7 +216,12 @@ class ReadPacked(nnx.Module):
         self.scales = nnx.List([Quantized(scale) for _, scale in pairs])
 
     def lay_out(self, release: bool) -> None:
-        """int4 matrices by columns, one after the other; with ``release`` those that they were made of are freed."""
+        """As ``form`` reads them: int4 matrices by columns, one after the other, or (``reduced``) all maps as one matrix. With
+        ``release`` those that they were made of are freed."""
+        if self.form == "reduced" and len(self.values) > 1:
+            self.values, self.scales = (nnx.List([_joined(parts, release)]) for parts in (self.values, self.scales))
+        if self.form != "columns":
+            return
         for values, scale in zip(self.values, self.scales, strict=True):
             old = values[...], scale[...]
             if old[0].dtype != jnp.uint8:
@@ -214,8 +230,7 @@ class ReadPacked(nnx.Module):
             values.set_value(new[0])
             scale.set_value(new[1])
             if release:
-                for array in old:
-                    array.delete()
+                _free(old)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
@@ -223,6 +238,19 @@ class ReadPacked(nnx.Module):
         parts = [read_packed(x, values[...], scale[...], self.form, self.place) for values, scale in pairs]
         y = (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)).astype(x.dtype)
         return y if self.lora is None else y + self.lora(x)
+
+
+def _joined(parts: Sequence[Quantized], release: bool) -> Quantized:
+    arrays = [part[...] for part in parts]
+    joined = Quantized(jax.block_until_ready(jnp.concatenate(arrays)))
+    if release:
+        _free(arrays)
+    return joined
+
+
+def _free(arrays: Sequence[jax.Array]) -> None:
+    for array in arrays:
+        array.delete()
 
 
 class ReadPackedEmbedder(QuantizedEmbedder):

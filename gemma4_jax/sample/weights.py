@@ -31,6 +31,7 @@ from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.layers import Embedder, FeedForward, Linear, soft_cap
 from gemma4_jax.model.products import product
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
+from gemma4_jax.sample import reduced
 from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ def read_matmul(x: jax.Array, weight: jax.Array, turned: bool = False, widened: 
     """
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if widened else x.dtype)
     count = rows.shape[0]
-    if count == 1 and weight.dtype == jnp.bfloat16:
+    if reduced.pays(count):
+        return reduced.reduced_product(rows, weight).reshape(*x.shape[:-1], -1)
+    if count == 1 and weight.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         rows = jnp.pad(rows, ((0, 1), (0, 0)))
     rows = jax.lax.optimization_barrier(rows)
     form = "mi,io->mo" if turned else "mi,oi->mo"

@@ -1,0 +1,101 @@
+"""Generation on the first device, by weight format: made-up weights of any size, beside what the device can do at most.
+
+The share of memory bandwidth counts the weights that a token reads once, that of the matrix peak two operations a weight; both
+limits are measured in the same process. On a card larger than the one meant, ``XLA_PYTHON_CLIENT_MEM_FRACTION`` holds the
+process to a part of its memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import gemma4_jax as g4
+from experiments.benchmarks import sampling
+from experiments.benchmarks.filled import filled_bundle
+from experiments.benchmarks.load import weight_bytes
+from gemma4_jax.config import SCHEMES
+
+log = logging.getLogger(__name__)
+
+MEASURES = {"decode": sampling.decode_rates, "prefill": sampling.prefill_rate, "speculative": sampling.speculation}
+READ_BYTES, SIDE = 1 << 30, 8192  # of the array and the matrices that the limits are measured with
+
+
+def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Flat results of all weight formats; what a format cannot do for want of memory is left out, and logged.
+
+    Args:
+      options: ``model`` (preset), ``dtypes`` (of float32, bfloat16, int8, int4), ``modes`` (of ``MEASURES``), ``rounds``, ``chunk``
+        and what the modes take (``sampling.measure``).
+      threads: unused: there are no peers.
+    """
+    del threads
+    device = jax.devices()[0]
+    results: dict[str, Any] = {"device": device.device_kind, **limits(options["rounds"])}
+    for dtype in options["dtypes"]:
+        results |= {f"{dtype}_{name}": value for name, value in _one(dtype, options, results).items()}
+        gc.collect()
+    return results
+
+
+def limits(rounds: int) -> dict[str, float]:
+    """Bytes a second of reading an array once, operations a second of a bf16 matrix product: the best of ``rounds``."""
+    array = jnp.full((READ_BYTES // 4,), 1, jnp.uint32)
+    square = jnp.full((SIDE, SIDE), 0.5, jnp.bfloat16) + jax.random.normal(jax.random.key(0), (SIDE, SIDE), jnp.bfloat16)
+    read, multiply = jax.jit(jnp.sum), jax.jit(lambda a: a @ a)
+    return {
+        "bytes_per_second": array.nbytes / _best(read, array, rounds),
+        "operations_per_second": 2 * SIDE**3 / _best(multiply, square, rounds),
+    }
+
+
+def _best(function, argument, rounds: int, times: int = 8) -> float:
+    """Seconds of one call, of ``times`` in a row."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready([function(argument) for _ in range(times)])
+        return (time.perf_counter() - start) / times
+
+    once()
+    return min(once() for _ in range(rounds))
+
+
+def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[str, Any]:
+    """All measures of one weight format."""
+    config = sampling.model_config(options, "bfloat16" if dtype in SCHEMES else dtype)
+    config = dataclasses.replace(config, quantization=dtype if dtype in SCHEMES else None)
+    length = max(sampling.LATE, options["prompt_tokens"], sampling.EARLY + 2 * options["new_tokens"]) + 256
+    sampler = g4.Sampler(
+        filled_bundle(config),
+        max_length=length,
+        draft_tokens=options["draft_tokens"],
+        chunk=options["chunk"],
+        release=True,
+    )
+    parts = weight_bytes(config)
+    read = parts["layers"] + parts["table"]
+    found: dict[str, Any] = {"weight_bytes": sum(parts.values())}
+    for mode in options["modes"]:
+        started = time.perf_counter()
+        once = MEASURES[mode](sampler, options)
+        rows = [once() for _ in range(options["rounds"])]
+        found |= {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        log.info("%s, %s: %.0f s", dtype, mode, time.perf_counter() - started)
+    if "decode_tokens_per_second" in found:
+        found["share_of_bandwidth"] = read * found["decode_tokens_per_second"] / limit["bytes_per_second"]
+    if "prefill_tokens_per_second" in found:
+        weights = config.num_parameters() - config.vocab_size * config.hidden_size
+        found["share_of_matrix_peak"] = 2 * weights * found["prefill_tokens_per_second"] / limit["operations_per_second"]
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        found["peak_bytes"] = stats["peak_bytes_in_use"]
+    return found
