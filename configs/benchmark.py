@@ -77,8 +77,8 @@ def load():
 
 
 def device():
-    """Sampling on the first device alone, by weight format: made-up weights of the 12B, shares of what the device can do. On a
-    card of 80 GB, ``XLA_PYTHON_CLIENT_MEM_FRACTION=0.2`` holds it to 16 GB; ``--config.options.dtypes="('int8',)"`` fits there."""
+    """Sampling on the first device alone, by weight format: made-up weights of the 12B, shares of what the device can do.
+    ``XLA_PYTHON_CLIENT_MEM_FRACTION=0.18`` holds a card of 80 GB to 15; ``--config.options.dtypes="('int8', 'int4')"`` fits."""
     return _config(
         "device",
         model="gemma4_12b",
@@ -93,7 +93,14 @@ def device():
     )
 
 
-MODES = {"train": train, "decode": decode, "prefill": prefill, "speculative": speculative, "load": load, "device": device}
+MODES = {
+    "train": train,
+    "decode": decode,
+    "prefill": prefill,
+    "speculative": speculative,
+    "load": load,
+    "device": device,
+}
 
 
 def get_config(arg="train"):

@@ -26,15 +26,15 @@ from gemma4_jax.config import SCHEMES
 log = logging.getLogger(__name__)
 
 MEASURES = {"decode": sampling.decode_rates, "prefill": sampling.prefill_rate, "speculative": sampling.speculation}
-READ_BYTES, SIDE = 1 << 30, 8192  # of the array and the matrices that the limits are measured with
+ROW, READ_BYTES, SIDE = 8192, 1 << 32, 8192  # of what the limits are measured with: rows read, and sides of a product
 
 
 def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
     """Flat results of all weight formats; what a format cannot do for want of memory is left out, and logged.
 
     Args:
-      options: ``model`` (preset), ``dtypes`` (of float32, bfloat16, int8, int4), ``modes`` (of ``MEASURES``), ``rounds``, ``chunk``
-        and what the modes take (``sampling.measure``).
+      options: ``model`` (preset), ``dtypes`` (of float32, bfloat16, int8, int4), ``modes`` (of ``MEASURES``), ``rounds``,
+        ``chunk`` and what the modes take (``sampling.measure``).
       threads: unused: there are no peers.
     """
     del threads
@@ -47,17 +47,19 @@ def measure(options: dict[str, Any], threads: int) -> dict[str, Any]:
 
 
 def limits(rounds: int) -> dict[str, float]:
-    """Bytes a second of reading an array once, operations a second of a bf16 matrix product: the best of ``rounds``."""
-    array = jnp.full((READ_BYTES // 4,), 1, jnp.uint32)
-    square = jnp.full((SIDE, SIDE), 0.5, jnp.bfloat16) + jax.random.normal(jax.random.key(0), (SIDE, SIDE), jnp.bfloat16)
-    read, multiply = jax.jit(jnp.sum), jax.jit(lambda a: a @ a)
+    """What the device can do, the best of ``rounds``: bytes a second of reading (sums of rows) or of copying, whichever is
+    faster, and operations a second of a bf16 matrix product."""
+    rows = jnp.full((READ_BYTES // 2 // ROW, ROW), 1, jnp.bfloat16)
+    square = jax.random.normal(jax.random.key(0), (SIDE, SIDE), jnp.bfloat16)
+    read = jax.jit(lambda a: jnp.sum(a, axis=1, dtype=jnp.float32))
+    copy, multiply = jax.jit(lambda a: a + 1), jax.jit(lambda a: a @ a)
     return {
-        "bytes_per_second": array.nbytes / _best(read, array, rounds),
+        "bytes_per_second": max(rows.nbytes / _best(read, rows, rounds), 2 * rows.nbytes / _best(copy, rows, rounds)),
         "operations_per_second": 2 * SIDE**3 / _best(multiply, square, rounds),
     }
 
 
-def _best(function, argument, rounds: int, times: int = 8) -> float:
+def _best(function, argument, rounds: int, times: int = 4) -> float:
     """Seconds of one call, of ``times`` in a row."""
 
     def once() -> float:
@@ -94,7 +96,9 @@ def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[s
         found["share_of_bandwidth"] = read * found["decode_tokens_per_second"] / limit["bytes_per_second"]
     if "prefill_tokens_per_second" in found:
         weights = config.num_parameters() - config.vocab_size * config.hidden_size
-        found["share_of_matrix_peak"] = 2 * weights * found["prefill_tokens_per_second"] / limit["operations_per_second"]
+        found["share_of_matrix_peak"] = (
+            2 * weights * found["prefill_tokens_per_second"] / limit["operations_per_second"]
+        )
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         found["peak_bytes"] = stats["peak_bytes_in_use"]

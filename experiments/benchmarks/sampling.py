@@ -214,7 +214,8 @@ def prefill_rate(sampler, options):
 
 
 def speculation(sampler, options):
-    """A function that measures plain and speculative rounds with drafts accepted at ``acceptance`` each, and what verification and drafting cost."""
+    """A function that measures plain and speculative rounds with drafts accepted at ``acceptance`` each, and what verification
+    and drafting cost."""
     steps, count = options["draft_tokens"], options["new_tokens"]
     prompt = np.random.default_rng(0).integers(5, sampler.config.vocab_size, EARLY).tolist()
     graph, drafter_weights = sampler._drafter

@@ -48,6 +48,9 @@ GPU_BLOCK = 2048  # on GPUs, where each turn of a loop waits for the host
 FEW = 64  # query rows for which XLA:CPU multiplies f32 keys by query columns faster than rows by keys, which it lays out anew
 
 
+GPU_FEW = 4  # query rows of a key head for which XLA:GPU adds up along keys faster than it multiplies matrices
+
+
 class Store(NamedTuple):
     """One buffer. data: (B, K, S, C); scale: f32 (B, K, S, number of parts) for int8, else None. A stack: L*B rows."""
 
@@ -389,6 +392,9 @@ def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
     if q.dtype == jnp.float32 and q.shape[2] <= FEW and runs_apart():
         columns = jax.lax.optimization_barrier(q.swapaxes(2, 3))
         return product("bksc,bkcm->bksm", keys, columns).swapaxes(2, 3)
+    if q.shape[2] <= GPU_FEW and jax.default_backend() == "gpu":
+        terms = [keys.astype(jnp.float32) * q[:, :, m : m + 1].astype(jnp.float32) for m in range(q.shape[2])]
+        return jnp.stack([jnp.sum(term, axis=-1) for term in terms], axis=2)
     return product("bkmc,bksc->bkms", q, keys)
 
 
@@ -431,7 +437,9 @@ def attend_blocks(
 
     def step(i, carry):
         top, total, out = carry
-        start = jnp.minimum(i * block, slots - block)  # the last block may begin earlier: what lies before it has been read
+        start = jnp.minimum(
+            i * block, slots - block
+        )  # the last block may begin earlier: what lies before it has been read
         positions = start + index
         keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), q.dtype)
         unread = (positions >= i * block)[None, None]

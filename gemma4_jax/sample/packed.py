@@ -13,8 +13,9 @@ Forms, by name (``FORMS``):
 * ``blocked``: plain XLA. A loop over blocks of output rows, each unpacked into f32 where the cache holds it and multiplied
   from there. The loop is the point: without it XLA:CPU converts inside the product's inner loop, ten times slower.
 * ``pallas``: a kernel for GPU and TPU, unpacking in registers (``gemma4_jax.sample.packed_kernel``).
-* ``reduced``: for GPUs. Few rows are sums along the rows of weights (``gemma4_jax.sample.reduced``); more take one product,
-  whose kernel converts int8 as it reads it, while int4 is unpacked in memory for it.
+* ``reduced``: for GPUs. One row is a sum along the rows of weights (``gemma4_jax.sample.reduced``). More of int8 are one product,
+  which XLA:GPU lets convert as it reads; of int4, laid out as words, a few take the kernel of ``pallas``, and many a product
+  with what was unpacked in memory.
 * ``unpacked``: one product with all weights unpacked, for comparison.
 """
 
@@ -38,6 +39,7 @@ from gemma4_jax.sample.packed_columns import by_columns, read_columns
 log = logging.getLogger(__name__)
 
 BLOCK_NUMBERS = 1 << 18  # of weights that are unpacked together: 1 MB in f32
+LEAST_ROWS = 16  # XLA:GPU converts int8 within a product from so many rows on, and in memory for fewer
 INTEGER_ROWS = 24  # as whole numbers they are three times as many: beyond, unpacking once pays
 _DIGITS = 3
 _DIGIT_BITS = 8
@@ -184,11 +186,17 @@ def _pallas(x, values, scale):
 
 
 def _reduced(x, values, scale):
-    if len(x) <= reduced.ROWS:
-        return reduced.reduced_product(x, values, scale)
-    if values.dtype == jnp.int8 and scale.shape[1] == 1:  # exact in bf16
-        return product("mi,oi->mo", x, values.astype(x.dtype)) * scale[:, 0].astype(jnp.float32)
-    return product("mi,oi->mo", x, unpack(values, scale, x.dtype))
+    if len(x) == 1:
+        return reduced.row_product(x, values, scale)
+    if values.dtype == jnp.uint32:
+        if len(x) <= packed_kernel.ROWS:
+            return packed_kernel.packed_product(x, values, scale)
+        return product("mi,oi->mo", x, reduced.unpack_words(values, scale, x.dtype))
+    if scale.shape[1] > 1:
+        return product("mi,oi->mo", x, unpack(values, scale, x.dtype))
+    rows = jnp.pad(x, ((0, -len(x) % LEAST_ROWS), (0, 0)))
+    y = product("mi,oi->mo", rows, values.astype(x.dtype))[: len(x)]  # exact in bf16
+    return y * scale[:, 0].astype(jnp.float32)
 
 
 def _unpacked(x, values, scale):
@@ -216,11 +224,10 @@ class ReadPacked(nnx.Module):
         self.scales = nnx.List([Quantized(scale) for _, scale in pairs])
 
     def lay_out(self, release: bool) -> None:
-        """As ``form`` reads them: int4 matrices by columns, one after the other, or (``reduced``) all maps as one matrix. With
-        ``release`` those that they were made of are freed."""
-        if self.form == "reduced" and len(self.values) > 1:
+        """As ``form`` reads them: int4 matrices by columns, one after the other, or (``reduced``) all maps as one matrix, int4 in
+        words. With ``release`` those that they were made of are freed."""
+        if self.form == "reduced":
             self.values, self.scales = (nnx.List([_joined(parts, release)]) for parts in (self.values, self.scales))
-        if self.form != "columns":
             return
         for values, scale in zip(self.values, self.scales, strict=True):
             old = values[...], scale[...]
@@ -241,11 +248,15 @@ class ReadPacked(nnx.Module):
 
 
 def _joined(parts: Sequence[Quantized], release: bool) -> Quantized:
+    """Arrays one below the other; bytes become words."""
     arrays = [part[...] for part in parts]
-    joined = Quantized(jax.block_until_ready(jnp.concatenate(arrays)))
-    if release:
+    new = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+    if new.dtype == jnp.uint8:
+        new = reduced.words(new)
+    if release and new is not arrays[0]:
+        jax.block_until_ready(new)
         _free(arrays)
-    return joined
+    return Quantized(new)
 
 
 def _free(arrays: Sequence[jax.Array]) -> None:

@@ -40,8 +40,10 @@ SMALL = 1 << 19  # numbers of a matrix that stays in a core's cache
 FEW = 16  # tokens whose rows are cut out of a table one by one on CPUs
 
 
-def read_matmul(x: jax.Array, weight: jax.Array, turned: bool = False, widened: bool = False) -> jax.Array:
-    """``x @ weight.T`` in f32 for few rows: x (..., I), weight (O, I) -> f32 (..., O). turned: weight is (I, O).
+def read_matmul(
+    x: jax.Array, weight: jax.Array, turned: bool = False, widened: bool = False, dtype=jnp.float32
+) -> jax.Array:
+    """``x @ weight.T`` for few rows, added in f32: x (..., I), weight (O, I) -> (..., O) in ``dtype``. turned: weight is (I, O).
 
     widened: weight is f32 that holds bf16 numbers, and x is widened to meet it. The input is kept out of the product's loop by a
     barrier, else XLA:CPU recomputes what is fused into it for every output. One row of bf16 is padded to two: XLA:CPU has a fast
@@ -49,14 +51,22 @@ def read_matmul(x: jax.Array, weight: jax.Array, turned: bool = False, widened: 
     """
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if widened else x.dtype)
     count = rows.shape[0]
-    if reduced.pays(count):
-        return reduced.reduced_product(rows, weight).reshape(*x.shape[:-1], -1)
-    if count == 1 and weight.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        rows = jnp.pad(rows, ((0, 1), (0, 0)))
-    rows = jax.lax.optimization_barrier(rows)
-    form = "mi,io->mo" if turned else "mi,oi->mo"
-    y = product(form, rows, weight.astype(rows.dtype))
-    return y[:count].reshape(*x.shape[:-1], -1)
+    if jax.default_backend() == "gpu":
+        y = _gpu_matmul(rows, weight, dtype)
+    else:
+        if count == 1 and weight.dtype == jnp.bfloat16:
+            rows = jnp.pad(rows, ((0, 1), (0, 0)))
+        rows = jax.lax.optimization_barrier(rows)
+        form = "mi,io->mo" if turned else "mi,oi->mo"
+        y = product(form, rows, weight.astype(rows.dtype))[:count].astype(dtype)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _gpu_matmul(rows: jax.Array, weight: jax.Array, dtype) -> jax.Array:
+    if reduced.pays(len(rows)):
+        return reduced.row_product(rows, weight).astype(dtype)
+    # The product itself rounds to ``dtype``: many rows in f32 would be written and read once more.
+    return jnp.einsum("mi,oi->mo", rows, weight.astype(rows.dtype), preferred_element_type=dtype)
 
 
 def _turns(weight: jax.Array) -> bool:
@@ -90,7 +100,7 @@ class ReadLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
-        y = read_matmul(x, self.weight[...], self.turned, self.widened).astype(x.dtype)
+        y = read_matmul(x, self.weight[...], self.turned, self.widened, x.dtype)
         return y if self.lora is None else y + self.lora(x)
 
 
