@@ -7,6 +7,8 @@ process to a part of its memory.
 
 from __future__ import annotations
 
+import concurrent.futures
+import copy
 import dataclasses
 import gc
 import logging
@@ -86,12 +88,14 @@ def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[s
     parts = weight_bytes(config)
     read = parts["layers"] + parts["table"]
     found: dict[str, Any] = {"weight_bytes": sum(parts.values())}
-    for mode in options["modes"]:
-        started = time.perf_counter()
-        once = MEASURES[mode](sampler, options)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # most of the time goes into compiling
+        prepared = [pool.submit(MEASURES[mode], copy.copy(sampler), options) for mode in options["modes"]]
+        measures = [future.result() for future in prepared]
+    for mode, once in zip(options["modes"], measures, strict=True):
         rows = [once() for _ in range(options["rounds"])]
-        found |= {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-        log.info("%s, %s: %.0f s", dtype, mode, time.perf_counter() - started)
+        numbers = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        log.info("%s, %s: %s", dtype, mode, numbers)
+        found |= numbers
     if "decode_tokens_per_second" in found:
         found["share_of_bandwidth"] = read * found["decode_tokens_per_second"] / limit["bytes_per_second"]
     if "prefill_tokens_per_second" in found:

@@ -44,7 +44,8 @@ from gemma4_jax.model.rope import inverse_frequencies
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.uint16, "int8": jnp.int8}  # and what holds their numbers
 BLOCK = 256  # slots of a global cache read at once
-GPU_BLOCK = 2048  # on GPUs, where each turn of a loop waits for the host
+GPU_BLOCK = 8192  # the same on GPUs, where a turn of a loop waits for the host longer than it takes to read as many
+GPU_SCORES = 1 << 26  # of which fewer are read for so many query rows that a block has more scores
 FEW = 64  # query rows for which XLA:CPU multiplies f32 keys by query columns faster than rows by keys, which it lays out anew
 
 
@@ -393,8 +394,7 @@ def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
         columns = jax.lax.optimization_barrier(q.swapaxes(2, 3))
         return product("bksc,bkcm->bksm", keys, columns).swapaxes(2, 3)
     if q.shape[2] <= GPU_FEW and jax.default_backend() == "gpu":
-        terms = [keys.astype(jnp.float32) * q[:, :, m : m + 1].astype(jnp.float32) for m in range(q.shape[2])]
-        return jnp.stack([jnp.sum(term, axis=-1) for term in terms], axis=2)
+        return jnp.sum(q[:, :, :, None].astype(jnp.float32) * keys[:, :, None].astype(jnp.float32), axis=-1)
     return product("bkmc,bksc->bkms", q, keys)
 
 
@@ -406,6 +406,11 @@ def _masked(layout: KindLayout, scores: jax.Array, mask: jax.Array) -> jax.Array
         scores = scores * layout.scale
     scores = jnp.where(mask[:, None, :, None, :], scores.reshape(b, kv, t, m // t, s), MASKED)
     return scores.reshape(b, kv, m, s)
+
+
+def _block(rows: int) -> int:
+    """Slots of a global cache that so many query rows read at once."""
+    return max(BLOCK, min(GPU_BLOCK, GPU_SCORES // rows)) if jax.default_backend() == "gpu" else BLOCK
 
 
 def attend_blocks(
@@ -424,7 +429,7 @@ def attend_blocks(
     """
     b, kv, m, _ = q.shape
     slots = cache.keys.data.shape[2]
-    block = GPU_BLOCK if jax.default_backend() == "gpu" else BLOCK
+    block = _block(m)
     if slots <= block:  # one block: no loop
         mask = jnp.arange(slots, dtype=jnp.int32) <= last[:, :, None]
         return attend_whole(layout, q, *read_both(layout, layer_rows(cache, first, b), q.dtype), mask)

@@ -14,8 +14,8 @@ Forms, by name (``FORMS``):
   from there. The loop is the point: without it XLA:CPU converts inside the product's inner loop, ten times slower.
 * ``pallas``: a kernel for GPU and TPU, unpacking in registers (``gemma4_jax.sample.packed_kernel``).
 * ``reduced``: for GPUs. One row is a sum along the rows of weights (``gemma4_jax.sample.reduced``). More of int8 are one product,
-  which XLA:GPU lets convert as it reads; of int4, laid out as words, a few take the kernel of ``pallas``, and many a product
-  with what was unpacked in memory.
+  which XLA:GPU lets convert as it reads; of int4, a few take the kernel of ``pallas``, and many a product with what was
+  unpacked in memory.
 * ``unpacked``: one product with all weights unpacked, for comparison.
 """
 
@@ -188,11 +188,9 @@ def _pallas(x, values, scale):
 def _reduced(x, values, scale):
     if len(x) == 1:
         return reduced.row_product(x, values, scale)
-    if values.dtype == jnp.uint32:
-        if len(x) <= packed_kernel.ROWS:
-            return packed_kernel.packed_product(x, values, scale)
-        return product("mi,oi->mo", x, reduced.unpack_words(values, scale, x.dtype))
-    if scale.shape[1] > 1:
+    if values.dtype == jnp.uint8 and len(x) <= packed_kernel.ROWS:
+        return packed_kernel.packed_product(x, values, scale)
+    if values.dtype == jnp.uint8 or scale.shape[1] > 1:
         return product("mi,oi->mo", x, unpack(values, scale, x.dtype))
     rows = jnp.pad(x, ((0, -len(x) % LEAST_ROWS), (0, 0)))
     y = product("mi,oi->mo", rows, values.astype(x.dtype))[: len(x)]  # exact in bf16
@@ -224,9 +222,11 @@ class ReadPacked(nnx.Module):
         self.scales = nnx.List([Quantized(scale) for _, scale in pairs])
 
     def lay_out(self, release: bool) -> None:
-        """As ``form`` reads them: int4 matrices by columns, one after the other, or (``reduced``) all maps as one matrix, int4 in
-        words. With ``release`` those that they were made of are freed."""
+        """As ``form`` reads them: int4 matrices by columns, one after the other, or (``reduced``) all maps as one matrix. With
+        ``release`` those that they were made of are freed."""
         if self.form == "reduced":
+            if len(self.values) == 1:
+                return
             self.values, self.scales = (nnx.List([_joined(parts, release)]) for parts in (self.values, self.scales))
             return
         for values, scale in zip(self.values, self.scales, strict=True):
@@ -248,15 +248,12 @@ class ReadPacked(nnx.Module):
 
 
 def _joined(parts: Sequence[Quantized], release: bool) -> Quantized:
-    """Arrays one below the other; bytes become words."""
+    """Arrays one below the other."""
     arrays = [part[...] for part in parts]
-    new = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
-    if new.dtype == jnp.uint8:
-        new = reduced.words(new)
-    if release and new is not arrays[0]:
-        jax.block_until_ready(new)
+    joined = jax.block_until_ready(jnp.concatenate(arrays))
+    if release:
         _free(arrays)
-    return Quantized(new)
+    return Quantized(joined)
 
 
 def _free(arrays: Sequence[jax.Array]) -> None:
