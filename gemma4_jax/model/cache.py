@@ -265,12 +265,20 @@ def encode(x: jax.Array, like: Store, parts: tuple[int, ...]) -> Store:
 
 def read(store: Store, parts: tuple[int, ...], dtype) -> jax.Array:
     """Entries as numbers in the activation dtype."""
+    if store.data.dtype == jnp.uint16 and dtype == jnp.float32:  # as XLA:CPU widens fastest
+        return jax.lax.bitcast_convert_type(store.data.astype(jnp.uint32) << 16, jnp.float32)
     if store.data.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(store.data, jnp.bfloat16).astype(dtype)
     if store.scale is None:
         return store.data.astype(dtype)
     scale = jnp.repeat(store.scale, np.asarray(parts), axis=-1, total_repeat_length=sum(parts))
     return (store.data.astype(jnp.float32) * scale).astype(dtype)
+
+
+def read_dtype(q: jax.Array) -> Any:
+    """What query rows (B, K, M, C) want to read a cache as: their own dtype, or f32 where few rows meet it on CPUs. XLA:CPU widens
+    bf16 number by number inside of a product."""
+    return jnp.dtype(jnp.float32) if q.shape[2] <= FEW and runs_apart() else q.dtype
 
 
 def read_both(layout: KindLayout, cache: LayerCache, dtype) -> tuple[jax.Array, jax.Array]:
@@ -390,8 +398,8 @@ def attend_whole(layout: KindLayout, q: jax.Array, keys: jax.Array, values: jax.
 
 def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
     """f32 products of queries (B, K, M, C) and keys (B, K, S, C): (B, K, M, S)."""
-    if q.dtype == jnp.float32 and q.shape[2] <= FEW and runs_apart():
-        columns = jax.lax.optimization_barrier(q.swapaxes(2, 3))
+    if q.shape[2] <= FEW and runs_apart():
+        columns = jax.lax.optimization_barrier(q.astype(jnp.float32).swapaxes(2, 3))
         return product("bksc,bkcm->bksm", keys, columns).swapaxes(2, 3)
     if q.shape[2] <= GPU_FEW and jax.default_backend() == "gpu":
         return jnp.sum(q[:, :, :, None].astype(jnp.float32) * keys[:, :, None].astype(jnp.float32), axis=-1)
@@ -432,7 +440,7 @@ def attend_blocks(
     block = _block(m)
     if slots <= block:  # one block: no loop
         mask = jnp.arange(slots, dtype=jnp.int32) <= last[:, :, None]
-        return attend_whole(layout, q, *read_both(layout, layer_rows(cache, first, b), q.dtype), mask)
+        return attend_whole(layout, q, *read_both(layout, layer_rows(cache, first, b), read_dtype(q)), mask)
     blocks = jnp.max(last) // block + 1
     index = jnp.arange(block, dtype=jnp.int32)
 
@@ -446,13 +454,13 @@ def attend_blocks(
             i * block, slots - block
         )  # the last block may begin earlier: what lies before it has been read
         positions = start + index
-        keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), q.dtype)
+        keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), read_dtype(q))
         unread = (positions >= i * block)[None, None]
         scores = _masked(layout, _scores(q, keys), unread & (positions[None, None] <= last[:, :, None]))
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_top)
         shrink = jnp.exp(top - new_top)
-        add = product("bkms,bksh->bkmh", weights.astype(q.dtype), values)
+        add = product("bkms,bksh->bkmh", weights.astype(values.dtype), values)
         return new_top, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), out * shrink + add
 
     # Block 0 holds a key of every query, so ``top`` is real from the first block on, and what ``out`` begins with is multiplied

@@ -64,8 +64,8 @@ class Block(nnx.Module):
         """x (B, T, D) -> (B, T, D), and what ``attend`` returned beside its output."""
         x = rows_apart(x)
         o, aux = self.self_attn(self.input_layernorm(x), rope, attend)
-        x = x + self.post_attention_layernorm(o)
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + self.post_attention_layernorm(o).astype(x.dtype)  # sub-layers for sampling may give f32
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))).astype(x.dtype)
         return x * self.layer_scalar[...].astype(x.dtype), aux
 
 

@@ -241,9 +241,14 @@ class ReadPacked(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
+        return self.unrounded(x, x.dtype).astype(x.dtype)
+
+    def unrounded(self, x: jax.Array, dtype) -> jax.Array:
+        """x (..., in) in f32 or ``dtype`` -> (..., out) in f32; see ``ReadLinear.unrounded``."""
+        x = x.astype(dtype)
         pairs = zip(self.values, self.scales, strict=True)
         parts = [read_packed(x, values[...], scale[...], self.form, self.place) for values, scale in pairs]
-        y = (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)).astype(x.dtype)
+        y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
         return y if self.lora is None else y + self.lora(x)
 
 

@@ -100,7 +100,14 @@ class ReadLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
-        y = read_matmul(x, self.weight[...], self.turned, self.widened, x.dtype)
+        return self.unrounded(x, x.dtype).astype(x.dtype)
+
+    def unrounded(self, x: jax.Array, dtype) -> jax.Array:
+        """x (..., in) in f32 or ``dtype`` -> (..., out) in f32, for what computes in f32 and rounds to ``dtype`` after that. On GPUs
+        in ``dtype``: f32 has to be written there, and read once more."""
+        x = x if self.widened else x.astype(dtype)
+        result = dtype if jax.default_backend() == "gpu" else jnp.float32
+        y = read_matmul(x, self.weight[...], self.turned, self.widened, result)
         return y if self.lora is None else y + self.lora(x)
 
 
@@ -137,7 +144,8 @@ def read_linear(*sources: Linear, columns: slice | None = None) -> ReadLinear | 
 
 
 class ReadAttention(Attention):
-    """An ``Attention`` whose q, k and v projections are one product."""
+    """An ``Attention`` whose q, k and v projections are one product, rounded once normalised and turned; its output is rounded by
+    what reads it."""
 
     def __init__(self, source: Attention):
         self.config, self.kind = source.config, source.kind
@@ -147,9 +155,18 @@ class ReadAttention(Attention):
         self.o_proj = read_linear(source.o_proj)
         self.q_norm, self.k_norm = source.q_norm, source.k_norm
 
+    def qkv(self, x, rope):
+        """See ``Attention.qkv``."""
+        return tuple(y.astype(x.dtype) for y in super().qkv(x, rope))
+
+    def __call__(self, x, rope, attend):
+        """See ``Attention``; the output is f32."""
+        o, aux = attend(self, *self.qkv(x, rope))
+        return self.o_proj.unrounded(o.reshape(*x.shape[:-1], -1), x.dtype), aux
+
     def project(self, x):
-        """See ``Attention.project``."""
-        y = self.qkv_proj(x)
+        """See ``Attention.project``; f32."""
+        y = self.qkv_proj.unrounded(x, x.dtype)
         q, k = y[..., : self.splits[0]], y[..., self.splits[0] : sum(self.splits[:2])]
         return q, k, k if len(self.splits) == 2 else y[..., sum(self.splits[:2]) :]
 
@@ -162,9 +179,10 @@ class ReadFeedForward(nnx.Module):
         self.down_proj = read_linear(source.down_proj)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x (..., D) -> (..., D)."""
-        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(jax.nn.gelu(gate, approximate=True) * up)
+        """x (..., D) -> (..., D); f32."""
+        gate, up = jnp.split(self.gate_up_proj.unrounded(x, x.dtype), 2, axis=-1)
+        y = jax.nn.gelu(gate, approximate=True) * up
+        return self.down_proj.unrounded(y, x.dtype)
 
 
 class ReadEmbedder(Embedder):
