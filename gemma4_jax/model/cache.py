@@ -46,6 +46,7 @@ CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.uint16, "int8": jnp.int8
 BLOCK = 256  # slots of a global cache read at once
 GPU_BLOCK = 8192  # the same on GPUs, where a turn of a loop waits for the host longer than it takes to read as many
 GPU_SCORES = 1 << 26  # of which fewer are read for so many query rows that a block has more scores
+SMALL = 1 << 19  # numbers of a cache that stays in a core's cache
 FEW = 64  # query rows for which XLA:CPU multiplies f32 keys by query columns faster than rows by keys, which it lays out anew
 
 
@@ -275,10 +276,11 @@ def read(store: Store, parts: tuple[int, ...], dtype) -> jax.Array:
     return (store.data.astype(jnp.float32) * scale).astype(dtype)
 
 
-def read_dtype(q: jax.Array) -> Any:
-    """What query rows (B, K, M, C) want to read a cache as: their own dtype, or f32 where few rows meet it on CPUs. XLA:CPU widens
-    bf16 number by number inside of a product."""
-    return jnp.dtype(jnp.float32) if q.shape[2] <= FEW and runs_apart() else q.dtype
+def read_dtype(q: jax.Array, slots: int) -> Any:
+    """What query rows (B, K, M, C) want to read so many slots of a cache as: their own dtype, or f32 where few rows meet a small
+    cache on CPUs. XLA:CPU widens bf16 number by number inside of a product, which costs less only where memory is what counts."""
+    numbers = q.size // q.shape[2] * slots
+    return jnp.dtype(jnp.float32) if q.shape[2] <= FEW and numbers <= SMALL and runs_apart() else q.dtype
 
 
 def read_both(layout: KindLayout, cache: LayerCache, dtype) -> tuple[jax.Array, jax.Array]:
@@ -398,7 +400,7 @@ def attend_whole(layout: KindLayout, q: jax.Array, keys: jax.Array, values: jax.
 
 def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
     """f32 products of queries (B, K, M, C) and keys (B, K, S, C): (B, K, M, S)."""
-    if q.shape[2] <= FEW and runs_apart():
+    if keys.dtype == jnp.float32 and q.shape[2] <= FEW and runs_apart():
         columns = jax.lax.optimization_barrier(q.astype(jnp.float32).swapaxes(2, 3))
         return product("bksc,bkcm->bksm", keys, columns).swapaxes(2, 3)
     if q.shape[2] <= GPU_FEW and jax.default_backend() == "gpu":
@@ -440,7 +442,7 @@ def attend_blocks(
     block = _block(m)
     if slots <= block:  # one block: no loop
         mask = jnp.arange(slots, dtype=jnp.int32) <= last[:, :, None]
-        return attend_whole(layout, q, *read_both(layout, layer_rows(cache, first, b), read_dtype(q)), mask)
+        return attend_whole(layout, q, *read_both(layout, layer_rows(cache, first, b), read_dtype(q, slots)), mask)
     blocks = jnp.max(last) // block + 1
     index = jnp.arange(block, dtype=jnp.int32)
 
@@ -454,7 +456,7 @@ def attend_blocks(
             i * block, slots - block
         )  # the last block may begin earlier: what lies before it has been read
         positions = start + index
-        keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), read_dtype(q))
+        keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), read_dtype(q, block))
         unread = (positions >= i * block)[None, None]
         scores = _masked(layout, _scores(q, keys), unread & (positions[None, None] <= last[:, :, None]))
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))

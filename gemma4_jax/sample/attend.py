@@ -41,7 +41,8 @@ class DecodeAttend:
                 positions = kv.ring_positions(self.lengths + length, new.keys.data.shape[2])
                 mask = attention_mask(SLIDING, self.config.sliding_window, last, positions)
                 mask = mask & (positions >= 0)[:, None]
-                keys, values = kv.read_both(layout, kv.layer_rows(new, first, len(q)), kv.read_dtype(rows))
+                read = kv.layer_rows(new, first, len(q))
+                keys, values = kv.read_both(layout, read, kv.read_dtype(rows, positions.shape[1]))
                 out = kv.attend_whole(layout, rows, keys, values, mask)
             else:
                 out = kv.attend_blocks(layout, rows, new, last, first)
@@ -163,7 +164,8 @@ def drafter_attend(
         else:
             positions = kv.ring_positions(lengths, cache.keys.data.shape[2])
             mask = (positions >= 0) & (positions >= lengths[:, None] - 1 - config.sliding_window)
-            keys, values = kv.read_both(layout, kv.layer_rows(cache, first, len(q)), kv.read_dtype(rows))
+            read = kv.layer_rows(cache, first, len(q))
+            keys, values = kv.read_both(layout, read, kv.read_dtype(rows, positions.shape[1]))
             out = kv.attend_whole(layout, rows, keys, values, mask[:, None])
         return kv.heads_of_rows(out, q.shape[1]), None
 

@@ -103,8 +103,8 @@ class ReadLinear(nnx.Module):
         return self.unrounded(x, x.dtype).astype(x.dtype)
 
     def unrounded(self, x: jax.Array, dtype) -> jax.Array:
-        """x (..., in) in f32 or ``dtype`` -> (..., out) in f32, for what computes in f32 and rounds to ``dtype`` after that. On GPUs
-        in ``dtype``: f32 has to be written there, and read once more."""
+        """x (..., in) in f32 or ``dtype`` -> (..., out) in f32, for what computes in f32 and rounds to ``dtype`` after that. On
+        GPUs in ``dtype``: f32 has to be written there, and read once more."""
         x = x if self.widened else x.astype(dtype)
         result = dtype if jax.default_backend() == "gpu" else jnp.float32
         y = read_matmul(x, self.weight[...], self.turned, self.widened, result)
