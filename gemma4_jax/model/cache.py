@@ -50,9 +50,6 @@ SMALL = 1 << 19  # numbers of a cache that stays in a core's cache
 FEW = 64  # query rows for which XLA:CPU multiplies f32 keys by query columns faster than rows by keys, which it lays out anew
 
 
-GPU_FEW = 4  # query rows of a key head for which XLA:GPU adds up along keys faster than it multiplies matrices
-
-
 class Store(NamedTuple):
     """One buffer. data: (B, K, S, C); scale: f32 (B, K, S, number of parts) for int8, else None. A stack: L*B rows."""
 
@@ -403,8 +400,6 @@ def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
     if keys.dtype == jnp.float32 and q.shape[2] <= FEW and runs_apart():
         columns = jax.lax.optimization_barrier(q.astype(jnp.float32).swapaxes(2, 3))
         return product("bksc,bkcm->bksm", keys, columns).swapaxes(2, 3)
-    if q.shape[2] <= GPU_FEW and jax.default_backend() == "gpu":
-        return jnp.sum(q[:, :, :, None].astype(jnp.float32) * keys[:, :, None].astype(jnp.float32), axis=-1)
     return product("bkmc,bksc->bkms", q, keys)
 
 

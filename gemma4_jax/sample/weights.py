@@ -86,15 +86,19 @@ class ReadLinear(nnx.Module):
 
     lora: nnx.Module | None = None
 
-    def __init__(self, *sources: Linear, columns: slice | None = None):
-        """Several maps of one input (or of some of its ``columns``) become one, their outputs side by side."""
-        weights = [source.weight[...] for source in sources]
-        if columns is not None:
-            weights = [weight[:, columns] for weight in weights]
+    def __init__(self, *sources: Linear, columns: slice | None = None, release: bool = False):
+        """Several maps of one input (or of some of its ``columns``) become one, their outputs side by side. ``release`` frees the
+        arrays that they were made of."""
+        given = [source.weight[...] for source in sources]
+        weights = given if columns is None else [weight[:, columns] for weight in given]
         weight = weights[0] if len(weights) == 1 else jnp.concatenate(weights)
         self.turned = _turns(weight)
         self.widened = self.turned and weight.dtype == jnp.bfloat16
         self.weight = _turned(weight) if self.turned else nnx.Param(weight)
+        if release and (self.turned or len(given) > 1):
+            jax.block_until_ready(self.weight[...])
+            for array in given:
+                array.delete()
         if any(source.lora is not None for source in sources):
             self.lora = ReadAdapters(sources, columns)
 
@@ -133,10 +137,10 @@ def _outputs(source: Linear) -> int:
     return (source.scale if are_packed([source]) else source.weight)[...].shape[-2]
 
 
-def read_linear(*sources: Linear, columns: slice | None = None) -> ReadLinear | ReadPacked:
-    """Several maps of one input (or of some of its ``columns``) for reading; packed ones stay as they are."""
+def read_linear(*sources: Linear, columns: slice | None = None, release: bool = False) -> ReadLinear | ReadPacked:
+    """Several maps of one input (or of some of its ``columns``) for reading, see ``ReadLinear``; packed ones stay as they are."""
     if not are_packed(sources):
-        return ReadLinear(*sources, columns=columns)
+        return ReadLinear(*sources, columns=columns, release=release)
     packed = ReadPacked(*sources, columns=columns)
     if any(source.lora is not None for source in sources):
         packed.lora = ReadAdapters(sources, columns)
@@ -147,12 +151,12 @@ class ReadAttention(Attention):
     """An ``Attention`` whose q, k and v projections are one product, rounded once normalised and turned; its output is rounded by
     what reads it."""
 
-    def __init__(self, source: Attention):
+    def __init__(self, source: Attention, release: bool = False):
         self.config, self.kind = source.config, source.kind
         parts = [source.q_proj, source.k_proj] + ([] if source.v_proj is None else [source.v_proj])
         self.splits = tuple(_outputs(part) for part in parts)
-        self.qkv_proj = read_linear(*parts)
-        self.o_proj = read_linear(source.o_proj)
+        self.qkv_proj = read_linear(*parts, release=release)
+        self.o_proj = read_linear(source.o_proj, release=release)
         self.q_norm, self.k_norm = source.q_norm, source.k_norm
 
     def qkv(self, x, rope):
@@ -174,9 +178,9 @@ class ReadAttention(Attention):
 class ReadFeedForward(nnx.Module):
     """The gated feed-forward with gate and up as one product."""
 
-    def __init__(self, source: FeedForward):
-        self.gate_up_proj = read_linear(source.gate_proj, source.up_proj)
-        self.down_proj = read_linear(source.down_proj)
+    def __init__(self, source: FeedForward, release: bool = False):
+        self.gate_up_proj = read_linear(source.gate_proj, source.up_proj, release=release)
+        self.down_proj = read_linear(source.down_proj, release=release)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D); f32."""
@@ -306,7 +310,7 @@ class ReadTarget(nnx.Module):
         runs = zip(model.groups.runs, runs_of(kinds), strict=True) if self.looped else ()
         self.stacks = nnx.List([ReadStack(run, count) for run, (_, count) in runs])
         blocks = model.tail if self.looped else _blocks(model, release)
-        self.blocks = nnx.List([_readable(block) for block in blocks])
+        self.blocks = nnx.List([_readable(block, release) for block in blocks])
         self.final_norm = model.final_norm
 
     def layers(self, x: jax.Array, ropes, attend, caches: tuple[LayerCache, ...]):
@@ -400,14 +404,14 @@ def _views(leaf: jax.Array) -> list[jax.Array]:
     return [jax.device_put(host[index], device) for index in np.ndindex(*host.shape[:2])]
 
 
-def _readable(block: Block) -> Block:
-    """The layer with its projections laid out for reading, sharing its other arrays."""
+def _readable(block: Block, release: bool = False) -> Block:
+    """The layer with its projections laid out for reading (``release``: and theirs freed), sharing its other arrays."""
     block = nnx.merge(*nnx.split(block))
     attention = block.self_attn
     if isinstance(attention, Attention):
-        block.self_attn = ReadAttention(attention)
+        block.self_attn = ReadAttention(attention, release)
     else:
         attention.q_proj = read_linear(attention.q_proj)
         attention.o_proj = read_linear(attention.o_proj)
-    block.mlp = ReadFeedForward(block.mlp)
+    block.mlp = ReadFeedForward(block.mlp, release)
     return block
