@@ -37,7 +37,7 @@ def train():
 def _sampling(mode, **options):
     common = {"model": "bench", "dtypes": ("float32", "bfloat16"), "peers": ("transformers", "llama_cpp")}
     common["packed_dtypes"] = ("q8_0", "q4_0")
-    sizes = {"rounds": 5, "new_tokens": 32, "prompt_tokens": 512, "draft_tokens": 4, "acceptance": 0.7}
+    sizes = {"rounds": 5, "new_tokens": 32, "prompt_tokens": 512, "rows": 8, "draft_tokens": 4, "acceptance": 0.7}
     return _config(mode, **{**common, **sizes, **options})
 
 
@@ -78,7 +78,8 @@ def load():
 
 def device():
     """Sampling on the first device alone, by weight format: made-up weights of the 12B, shares of what the device can do.
-    ``XLA_PYTHON_CLIENT_MEM_FRACTION=0.18`` holds a card of 80 GB to 15; ``--config.options.dtypes="('int8', 'int4')"`` fits."""
+    ``XLA_PYTHON_CLIENT_MEM_FRACTION=0.18`` holds a card of 80 GB to 15: ``--config.options.dtypes="('int8', 'int4')"`` fits, and
+    ``--config.options.rows=2``: eight rows have 3 GB of caches."""
     return _config(
         "device",
         model="gemma4_12b",
@@ -87,6 +88,7 @@ def device():
         rounds=3,
         new_tokens=96,
         prompt_tokens=4096,
+        rows=8,
         chunk=2048,
         draft_tokens=4,
         acceptance=0.7,

@@ -24,7 +24,7 @@ def get_config():
     config.data.update(source="python_stdlib", vocab_size=2048, seq_len=128, batch_size=4)
     # Held-out rows repeat 64 tokens of the row before as context, so that no token in mid-document is judged without any.
     config.data.update(heldout_fraction=0.02, heldout_overlap=64)
-    config.loss.update(mtp_steps=3, mtp_query_stride=4)
+    config.loss.update(mtp_steps=3, mtp_query_stride=2)
     config.optimizer.update(learning_rate=5e-3, warmup_steps=50, final_fraction=0.02, b2=0.98)
     config.train.update(steps=1500, eval_every=500, eval_batches=8, checkpoint_every=500)
     config.samples.update(prompts=4, prompt_tokens=64, new_tokens=128)

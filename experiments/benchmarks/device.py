@@ -91,13 +91,16 @@ def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[s
     read = parts["layers"] + parts["table"]
     found: dict[str, Any] = {"weight_bytes": sum(parts.values())}
     with concurrent.futures.ThreadPoolExecutor() as pool:  # most of the time goes into compiling
-        prepared = [pool.submit(MEASURES[mode], copy.copy(sampler), options) for mode in options["modes"]]
-        measures = [future.result() for future in prepared]
-    for mode, once in zip(options["modes"], measures, strict=True):
-        rows = [once() for _ in range(options["rounds"])]
-        numbers = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-        log.info("%s, %s: %s", dtype, mode, numbers)
-        found |= numbers
+        prepared = {mode: pool.submit(MEASURES[mode], copy.copy(sampler), options) for mode in options["modes"]}
+    for mode, future in prepared.items():
+        try:
+            rows = [future.result()() for _ in range(options["rounds"])]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            log.warning("%s, %s: left out for want of memory: %s", dtype, mode, error)
+            continue
+        found |= {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     if "decode_tokens_per_second" in found:
         found["share_of_bandwidth"] = read * found["decode_tokens_per_second"] / limit["bytes_per_second"]
     if "prefill_tokens_per_second" in found:

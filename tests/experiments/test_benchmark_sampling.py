@@ -5,7 +5,7 @@ from small_models import small_config
 
 from experiments.benchmarks import sampling
 
-OPTIONS = dict(model="bench", dtypes=("float32",), peers=("llama_cpp",), packed_dtypes=(), new_tokens=40, draft_tokens=3,
+OPTIONS = dict(model="bench", dtypes=("float32",), peers=("llama_cpp",), packed_dtypes=(), new_tokens=40, prompt_tokens=64, draft_tokens=3,
                acceptance=1.0, mode="speculative", side="ours", dtype="float32")  # fmt: skip
 
 
