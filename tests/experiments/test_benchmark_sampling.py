@@ -5,8 +5,10 @@ from small_models import small_config
 
 from experiments.benchmarks import sampling
 
-OPTIONS = dict(model="bench", dtypes=("float32",), peers=("llama_cpp",), packed_dtypes=(), new_tokens=40, prompt_tokens=64, draft_tokens=3,
-               acceptance=1.0, mode="speculative", side="ours", dtype="float32")  # fmt: skip
+OPTIONS = {
+    **dict(model="bench", dtypes=("float32",), peers=("llama_cpp",), packed_dtypes=(), new_tokens=40, prompt_tokens=64),
+    **dict(draft_tokens=3, acceptance=1.0, mode="speculative", side="ours", dtype="float32"),
+}
 
 
 def test_speculation_at_a_scripted_acceptance(monkeypatch):
