@@ -37,7 +37,7 @@ def train():
 def _sampling(mode, **options):
     common = {"model": "bench", "dtypes": ("float32", "bfloat16"), "peers": ("transformers", "llama_cpp")}
     common["packed_dtypes"] = ("q8_0", "q4_0")
-    sizes = {"rounds": 5, "new_tokens": 32, "prompt_tokens": 512, "rows": 8, "draft_tokens": 4, "acceptance": 0.7}
+    sizes = {"rounds": 5, "new_tokens": 32, "prompt_tokens": 512, "rows": 8, "draft_tokens": 3, "acceptance": 0.7}
     return _config(mode, **{**common, **sizes, **options})
 
 
