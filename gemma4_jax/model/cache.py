@@ -447,9 +447,8 @@ def attend_blocks(
 
     def step(i, carry):
         top, total, out = carry
-        start = jnp.minimum(
-            i * block, slots - block
-        )  # the last block may begin earlier: what lies before it has been read
+        # The last block may begin earlier: what lies before its own positions has been read.
+        start = jnp.minimum(i * block, slots - block)
         positions = start + index
         keys, values = read_both(layout, jax.tree.map(lambda x: cut(x, start), cache), read_dtype(q, block))
         unread = (positions >= i * block)[None, None]

@@ -47,7 +47,7 @@ def read_matmul(
 
     widened: weight is f32 that holds bf16 numbers, and x is widened to meet it. The input is kept out of the product's loop by a
     barrier, else XLA:CPU recomputes what is fused into it for every output. One row of bf16 is padded to two: XLA:CPU has a fast
-    form for two rows only (7 to 13 times that for one).
+    form for two rows only (7 to 13 times that for one). On GPUs one row is a sum (``gemma4_jax.sample.reduced``).
     """
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if widened else x.dtype)
     count = rows.shape[0]

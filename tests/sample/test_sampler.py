@@ -218,6 +218,19 @@ def test_release_holds_weights_once(bundle, sampler):
     assert not other.model.embedder.table[...].is_deleted()
 
 
+def test_release_frees_what_unstacked_layers_were_laid_out_from():
+    """Joined or turned matrices alone: norms are shared, and a bundle that is not released stays whole."""
+    other = small_bundle(seed=43, scan_layers=False)
+    layer = other.model.tail[0]
+    expected = Sampler(other, max_length=32, draft_tokens=0).generate([[2, 7, 9]], max_new_tokens=4, stop_ids=[]).tokens
+    assert not layer.mlp.gate_proj.weight[...].is_deleted()
+    lean = Sampler(other, max_length=32, draft_tokens=0, release=True)
+    for part in (layer.mlp.gate_proj, layer.mlp.down_proj, layer.self_attn.q_proj, layer.self_attn.o_proj):
+        assert part.weight[...].is_deleted()
+    assert not layer.input_layernorm.weight[...].is_deleted()
+    assert lean.generate([[2, 7, 9]], max_new_tokens=4, stop_ids=[]).tokens == expected
+
+
 def test_statistics_and_drafted_marks(bundle, sampler):
     prompts = prompts_of([6, 9])
     answers = [uncached_greedy(bundle.model, p, 13) for p in prompts]
