@@ -37,6 +37,7 @@ from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed
 log = logging.getLogger(__name__)
 
 SMALL = 1 << 19  # numbers of a matrix that stays in a core's cache
+OFTEN = 1 << 23  # of a drafter's, which is read several times a round and stays in the cache that cores share
 FEW = 16  # tokens whose rows are cut out of a table one by one on CPUs
 
 
@@ -69,11 +70,11 @@ def _gpu_matmul(rows: jax.Array, weight: jax.Array, dtype) -> jax.Array:
     return jnp.einsum("mi,oi->mo", rows, weight.astype(rows.dtype), preferred_element_type=dtype)
 
 
-def _turns(weight: jax.Array) -> bool:
+def _turns(weight: jax.Array, small: int) -> bool:
     """Whether f32 (I, O) is the better form: for small matrices on XLA:CPU. Two to eight rows cost half of what they cost with
     (O, I), which it lays out anew in each product; large ones are read from memory, which takes as long. Small ones of bf16
     are read from a cache, where half the bytes gain nothing, and one row takes half to a third of its time in f32."""
-    return weight.dtype in (jnp.float32, jnp.bfloat16) and weight.size <= SMALL and _on_host(weight)
+    return weight.dtype in (jnp.float32, jnp.bfloat16) and weight.size <= small and _on_host(weight)
 
 
 def _turned(weight: jax.Array) -> nnx.Param:
@@ -86,13 +87,13 @@ class ReadLinear(nnx.Module):
 
     lora: nnx.Module | None = None
 
-    def __init__(self, *sources: Linear, columns: slice | None = None, release: bool = False):
+    def __init__(self, *sources: Linear, columns: slice | None = None, release: bool = False, small: int = SMALL):
         """Several maps of one input (or of some of its ``columns``) become one, their outputs side by side. ``release`` frees the
-        arrays that they were made of."""
+        arrays that they were made of; small: numbers of a matrix that may be turned."""
         given = [source.weight[...] for source in sources]
         weights = given if columns is None else [weight[:, columns] for weight in given]
         weight = weights[0] if len(weights) == 1 else jnp.concatenate(weights)
-        self.turned = _turns(weight)
+        self.turned = _turns(weight, small)
         self.widened = self.turned and weight.dtype == jnp.bfloat16
         self.weight = _turned(weight) if self.turned else nnx.Param(weight)
         if release and (self.turned or len(given) > 1):
@@ -137,10 +138,12 @@ def _outputs(source: Linear) -> int:
     return (source.scale if are_packed([source]) else source.weight)[...].shape[-2]
 
 
-def read_linear(*sources: Linear, columns: slice | None = None, release: bool = False) -> ReadLinear | ReadPacked:
+def read_linear(
+    *sources: Linear, columns: slice | None = None, release: bool = False, small: int = SMALL
+) -> ReadLinear | ReadPacked:
     """Several maps of one input (or of some of its ``columns``) for reading, see ``ReadLinear``; packed ones stay as they are."""
     if not are_packed(sources):
-        return ReadLinear(*sources, columns=columns, release=release)
+        return ReadLinear(*sources, columns=columns, release=release, small=small)
     packed = ReadPacked(*sources, columns=columns)
     if any(source.lora is not None for source in sources):
         packed.lora = ReadAdapters(sources, columns)
@@ -178,9 +181,9 @@ class ReadAttention(Attention):
 class ReadFeedForward(nnx.Module):
     """The gated feed-forward with gate and up as one product."""
 
-    def __init__(self, source: FeedForward, release: bool = False):
-        self.gate_up_proj = read_linear(source.gate_proj, source.up_proj, release=release)
-        self.down_proj = read_linear(source.down_proj, release=release)
+    def __init__(self, source: FeedForward, release: bool = False, small: int = SMALL):
+        self.gate_up_proj = read_linear(source.gate_proj, source.up_proj, release=release, small=small)
+        self.down_proj = read_linear(source.down_proj, release=release, small=small)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D); f32."""
@@ -192,12 +195,12 @@ class ReadFeedForward(nnx.Module):
 class ReadEmbedder(Embedder):
     """The shared table, read as input rows and as output head. table (V, D); head: None, or a small table's f32 (D, V).
 
-    With ``head_only`` it is read as output head alone, and held once in any case.
+    With ``head_only`` it is read as a drafter's output head alone, and held once in any case.
     """
 
     def __init__(self, source: Embedder, head_only: bool = False):
         table = source.table[...]
-        turns = _turns(table)
+        turns = _turns(table, OFTEN if head_only else SMALL)
         self.table = None if turns and head_only else source.table
         self.widened = turns and table.dtype == jnp.bfloat16
         self.head = _turned(table) if turns else None
@@ -249,9 +252,9 @@ class ReadDrafter(Drafter):
         self.config = source.config
         width = self.config.hidden_size
         self.embedder = _read_embedder(source.embedder, head_only=True)
-        self.embedding_projection = read_linear(source.pre_projection, columns=slice(None, width))
-        self.hidden_projection = read_linear(source.pre_projection, columns=slice(width, None))
-        self.post_projection = read_linear(source.post_projection)
+        self.embedding_projection = read_linear(source.pre_projection, columns=slice(None, width), small=OFTEN)
+        self.hidden_projection = read_linear(source.pre_projection, columns=slice(width, None), small=OFTEN)
+        self.post_projection = read_linear(source.post_projection, small=OFTEN)
         self.layers = nnx.List([_readable(block) for block in source.layers])
         self.final_norm = source.final_norm
         if self.config.drafter.use_ordered_embeddings:
@@ -407,11 +410,12 @@ def _views(leaf: jax.Array) -> list[jax.Array]:
 def _readable(block: Block, release: bool = False) -> Block:
     """The layer with its projections laid out for reading (``release``: and theirs freed), sharing its other arrays."""
     block = nnx.merge(*nnx.split(block))
-    attention = block.self_attn
+    attention, small = block.self_attn, SMALL
     if isinstance(attention, Attention):
         block.self_attn = ReadAttention(attention, release)
     else:
-        attention.q_proj = read_linear(attention.q_proj)
-        attention.o_proj = read_linear(attention.o_proj)
-    block.mlp = ReadFeedForward(block.mlp, release)
+        small = OFTEN
+        attention.q_proj = read_linear(attention.q_proj, small=small)
+        attention.o_proj = read_linear(attention.o_proj, small=small)
+    block.mlp = ReadFeedForward(block.mlp, release, small)
     return block

@@ -23,11 +23,10 @@ def map_of(dtype, outputs=96, width=64, seed=0):
 @pytest.mark.parametrize("activations", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("small", [True, False])
-def test_products_of_every_form(monkeypatch, small, dtype, activations, rows):
+def test_products_of_every_form(small, dtype, activations, rows):
     """Operands count as they are stored, weights rounded to the activations' dtype, sums are f32; the result has x's dtype."""
-    monkeypatch.setattr(reading, "SMALL", 96 * 64 if small else 96 * 64 - 1)
     source = map_of(dtype)
-    read = reading.ReadLinear(source)
+    read = reading.ReadLinear(source, small=96 * 64 if small else 96 * 64 - 1)
     assert (read.turned, read.widened) == (small, small and dtype == "bfloat16")
     assert read.weight[...].dtype == ("float32" if small else dtype)
     assert read.weight[...].shape == ((64, 96) if small else (96, 64))
@@ -39,6 +38,16 @@ def test_products_of_every_form(monkeypatch, small, dtype, activations, rows):
     expected = np.asarray(x, np.float64) @ weight.T
     tolerance = 2e-6 if activations == "float32" else 2**-8
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_a_drafter_is_turned_up_to_a_bound_of_its_own(monkeypatch):
+    """Its matrices are read several times a round: larger ones than the target's are worth a form of their own."""
+    monkeypatch.setattr(reading, "OFTEN", 1 << 11)  # 64 outputs of 32 inputs
+    bundle = small_bundle(dtype="bfloat16", param_dtype="bfloat16")
+    read = reading.ReadDrafter(bundle.drafter)
+    maps = [node for _, node in nnx.iter_modules(read) if isinstance(node, reading.ReadLinear)]
+    assert {node.widened for node in maps} == {True, False}
+    assert all(node.turned == (node.weight[...].size <= 1 << 11) for node in maps)
 
 
 @pytest.mark.parametrize("small", [True, False])
