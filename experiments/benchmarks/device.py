@@ -23,11 +23,11 @@ import gemma4_jax as g4
 from experiments.benchmarks import sampling
 from experiments.benchmarks.filled import filled_bundle
 from experiments.benchmarks.load import weight_bytes
+from experiments.benchmarks.sampling import MEASURES
 from gemma4_jax.config import SCHEMES
 
 log = logging.getLogger(__name__)
 
-MEASURES = {"decode": sampling.decode_rates, "prefill": sampling.prefill_rate, "speculative": sampling.speculation}
 ROW, READ_BYTES, SIDE = 8192, 1 << 31, 8192  # of what the limits are measured with: rows read, and sides of a product
 
 
@@ -104,10 +104,8 @@ def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[s
     if "decode_tokens_per_second" in found:
         found["share_of_bandwidth"] = read * found["decode_tokens_per_second"] / limit["bytes_per_second"]
     if "prefill_tokens_per_second" in found:
-        weights = config.num_parameters() - config.vocab_size * config.hidden_size
-        found["share_of_matrix_peak"] = (
-            2 * weights * found["prefill_tokens_per_second"] / limit["operations_per_second"]
-        )
+        done = sampling.prefill_operations(config) * found["prefill_tokens_per_second"]
+        found["share_of_matrix_peak"] = done / limit["operations_per_second"]
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         found["peak_bytes"] = stats["peak_bytes_in_use"]

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 import gemma4_jax as g4
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.packed import GROUP
 from gemma4_jax.train.state import Network
 
 _DEVIATION = 3**0.5  # of numbers spread evenly over -1…1, its inverse
@@ -39,9 +38,8 @@ def filled_bundle(config: ModelConfig) -> g4.Bundle:
 
 def _step(values: jax.ShapeDtypeStruct) -> float:
     """The scale that gives packed numbers the deviation of a matrix."""
-    packed = values.dtype == jnp.uint8
-    inputs = values.shape[-1] * (2 if packed else 1)
-    return _DEVIATION / math.sqrt(inputs) / (GROUP // 4 if packed else 127)
+    per_byte, largest = (2, 8) if values.dtype == jnp.uint8 else (1, 127)
+    return _DEVIATION / math.sqrt(values.shape[-1] * per_byte) / largest
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

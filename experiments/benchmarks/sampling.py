@@ -91,11 +91,14 @@ def _results(options: dict[str, Any], taken: dict[str, dict[str, float]]) -> dic
             read = config.num_parameters() * BYTES[dtype] * ours["decode_tokens_per_second"]
             results[f"share_of_bandwidth_{dtype}"] = read / machine["bytes_per_second"]
         if "prefill_tokens_per_second" in ours:
-            # Only the last row meets the output table.
-            weights = config.num_parameters() - config.vocab_size * config.hidden_size
-            done = 2 * weights * ours["prefill_tokens_per_second"]
+            done = prefill_operations(config) * ours["prefill_tokens_per_second"]
             results[f"share_of_matrix_peak_{dtype}"] = done / machine["operations_per_second"]
     return results
+
+
+def prefill_operations(config: ModelConfig) -> int:
+    """Operations of a prompt's token, two a weight: only the last row meets the output table."""
+    return 2 * (config.num_parameters() - config.vocab_size * config.hidden_size)
 
 
 def model_config(options: dict[str, Any], dtype: str = "float32") -> ModelConfig:
@@ -120,8 +123,7 @@ def _ours(options):
         "speculative": EARLY + 2 * options["new_tokens"] + 64,
     }
     sampler = g4.Sampler(bundle, max_length=lengths[mode], draft_tokens=steps, release=True)
-    measures = {"decode": decode_rates, "prefill": prefill_rate, "speculative": speculation}
-    return measures[mode](sampler, options)
+    return MEASURES[mode](sampler, options)
 
 
 def _machine(options):
@@ -255,6 +257,9 @@ def speculation(sampler, options):
 
     once()
     return once
+
+
+MEASURES = {"decode": decode_rates, "prefill": prefill_rate, "speculative": speculation}
 
 
 def _draft_seconds(sampler, graph, drafter_weights, steps: int, times: int = 8):

@@ -46,7 +46,7 @@ CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.uint16, "int8": jnp.int8
 BLOCK = 256  # slots of a global cache read at once
 GPU_BLOCK = 8192  # the same on GPUs, where a turn of a loop waits for the host longer than it takes to read as many
 GPU_SCORES = 1 << 26  # of which fewer are read for so many query rows that a block has more scores
-SMALL = 1 << 19  # numbers of a cache that stays in a core's cache
+SMALL = 1 << 19  # numbers that stay in a core's cache
 FEW = 64  # query rows for which XLA:CPU multiplies f32 keys by query columns faster than rows by keys, which it lays out anew
 
 

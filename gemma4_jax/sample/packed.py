@@ -225,9 +225,8 @@ class ReadPacked(nnx.Module):
         """As ``form`` reads them: int4 matrices by columns, one after the other, or (``reduced``) all maps as one matrix. With
         ``release`` those that they were made of are freed."""
         if self.form == "reduced":
-            if len(self.values) == 1:
-                return
-            self.values, self.scales = (nnx.List([_joined(parts, release)]) for parts in (self.values, self.scales))
+            if len(self.values) > 1:
+                self.values, self.scales = (nnx.List([_joined(part, release)]) for part in (self.values, self.scales))
             return
         for values, scale in zip(self.values, self.scales, strict=True):
             old = values[...], scale[...]
@@ -237,7 +236,7 @@ class ReadPacked(nnx.Module):
             values.set_value(new[0])
             scale.set_value(new[1])
             if release:
-                _free(old)
+                free(old)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., out) in x's dtype."""
@@ -257,11 +256,12 @@ def _joined(parts: Sequence[Quantized], release: bool) -> Quantized:
     arrays = [part[...] for part in parts]
     joined = jax.block_until_ready(jnp.concatenate(arrays))
     if release:
-        _free(arrays)
+        free(arrays)
     return Quantized(joined)
 
 
-def _free(arrays: Sequence[jax.Array]) -> None:
+def free(arrays: Sequence[jax.Array]) -> None:
+    """Give back the memory of arrays that nothing reads any more."""
     for array in arrays:
         array.delete()
 

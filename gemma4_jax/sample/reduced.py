@@ -14,11 +14,6 @@ import jax.numpy as jnp
 from gemma4_jax.packed import GROUP
 
 
-def pays(rows: int) -> bool:
-    """Whether products of so many rows are better taken this way."""
-    return rows == 1 and jax.default_backend() == "gpu"
-
-
 def row_product(x: jax.Array, weights: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """``x @ weights.T`` in f32: x (1, I) -> (1, O).
 

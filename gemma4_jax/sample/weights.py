@@ -25,19 +25,18 @@ import numpy as np
 from flax import nnx
 
 from gemma4_jax.model.attention import Attention
-from gemma4_jax.model.cache import LayerCache, cache_entries
+from gemma4_jax.model.cache import SMALL, LayerCache, cache_entries
 from gemma4_jax.model.decoder import Block, Gemma4, runs_of, scanned_layers
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.layers import Embedder, FeedForward, Linear, soft_cap
 from gemma4_jax.model.products import product
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
 from gemma4_jax.sample import reduced
-from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed
+from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed, free
 
 log = logging.getLogger(__name__)
 
-SMALL = 1 << 19  # numbers of a matrix that stays in a core's cache
-OFTEN = 1 << 23  # of a drafter's, which is read several times a round and stays in the cache that cores share
+OFTEN = 1 << 23  # numbers of a drafter's matrix, read several times a round, that stays in the cache that cores share
 FEW = 16  # tokens whose rows are cut out of a table one by one on CPUs
 
 
@@ -64,7 +63,7 @@ def read_matmul(
 
 
 def _gpu_matmul(rows: jax.Array, weight: jax.Array, dtype) -> jax.Array:
-    if reduced.pays(len(rows)):
+    if len(rows) == 1:
         return reduced.row_product(rows, weight).astype(dtype)
     # The product itself rounds to ``dtype``: many rows in f32 would be written and read once more.
     return jnp.einsum("mi,oi->mo", rows, weight.astype(rows.dtype), preferred_element_type=dtype)
@@ -98,8 +97,7 @@ class ReadLinear(nnx.Module):
         self.weight = _turned(weight) if self.turned else nnx.Param(weight)
         if release and (self.turned or len(given) > 1):
             jax.block_until_ready(self.weight[...])
-            for array in given:
-                array.delete()
+            free(given)
         if any(source.lora is not None for source in sources):
             self.lora = ReadAdapters(sources, columns)
 
@@ -255,7 +253,7 @@ class ReadDrafter(Drafter):
         self.embedding_projection = read_linear(source.pre_projection, columns=slice(None, width), small=OFTEN)
         self.hidden_projection = read_linear(source.pre_projection, columns=slice(width, None), small=OFTEN)
         self.post_projection = read_linear(source.post_projection, small=OFTEN)
-        self.layers = nnx.List([_readable(block) for block in source.layers])
+        self.layers = nnx.List([_readable(block, small=OFTEN) for block in source.layers])
         self.final_norm = source.final_norm
         if self.config.drafter.use_ordered_embeddings:
             self.centroids, self.token_ordering = source.centroids, source.token_ordering
@@ -407,14 +405,13 @@ def _views(leaf: jax.Array) -> list[jax.Array]:
     return [jax.device_put(host[index], device) for index in np.ndindex(*host.shape[:2])]
 
 
-def _readable(block: Block, release: bool = False) -> Block:
+def _readable(block: Block, release: bool = False, small: int = SMALL) -> Block:
     """The layer with its projections laid out for reading (``release``: and theirs freed), sharing its other arrays."""
     block = nnx.merge(*nnx.split(block))
-    attention, small = block.self_attn, SMALL
+    attention = block.self_attn
     if isinstance(attention, Attention):
         block.self_attn = ReadAttention(attention, release)
     else:
-        small = OFTEN
         attention.q_proj = read_linear(attention.q_proj, small=small)
         attention.o_proj = read_linear(attention.o_proj, small=small)
     block.mlp = ReadFeedForward(block.mlp, release, small)

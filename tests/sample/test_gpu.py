@@ -27,15 +27,18 @@ def as_on_gpu(patch):
     patch.setattr(attention, "GPU_QUERY_BLOCK", 8)
 
 
+def forget_programs():
+    """Programs that were compiled for another backend are not taken over."""
+    for program in (programs.empty, programs.text_chunk, programs.begin, programs.rounds):
+        program.clear_cache()
+
+
 @pytest.fixture
 def no_programs():
-    """Programs that were compiled for another backend are not taken over, nor left behind."""
-    compiled = programs.empty, programs.text_chunk, programs.begin, programs.rounds
-    for program in compiled:
-        program.clear_cache()
+    """None from before, and none left behind."""
+    forget_programs()
     yield
-    for program in compiled:
-        program.clear_cache()
+    forget_programs()
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
@@ -59,8 +62,7 @@ def test_the_same_tokens(scheme, no_programs):
 
     form, expected = answers()
     assert form in (None, "integer")
-    for program in (programs.empty, programs.text_chunk, programs.begin, programs.rounds):
-        program.clear_cache()
+    forget_programs()
     with pytest.MonkeyPatch.context() as patch:
         as_on_gpu(patch)
         form, found = answers()
