@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from gemma4_jax.packed import GROUP
 from gemma4_jax.sample.blocks import halves, over_blocks, to_write_over
+from gemma4_jax.sample.columns import total
 
 HALF = GROUP // 2  # bytes of a group; number j is in the low half of byte j, number j + 16 in its high half
 PAIRED_ROWS = 10
@@ -99,10 +100,10 @@ def _few(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array) ->
     sums = tuple(functools.reduce(jnp.add, parts) for parts in terms)  # (G, step, O) of each row
     scale = jax.lax.dynamic_index_in_dim(scale, place, keepdims=False).astype(jnp.float32)
     if len(x) == 1:
-        return _total([(sums[0][:, 0] - excess[0, :, None]) * scale])
+        return total([(sums[0][:, 0] - excess[0, :, None]) * scale])
     zeros = (jnp.float32(0),) * len(sums)
     sums = jax.lax.reduce(sums, zeros, lambda some, more: tuple(a + b for a, b in zip(some, more, strict=True)), (1,))
-    return _total([_scaled(one, off, scale) for one, off in zip(sums, excess, strict=True)])
+    return total([_scaled(one, off, scale) for one, off in zip(sums, excess, strict=True)])
 
 
 def _scaled(sums: jax.Array, excess: jax.Array, scale: jax.Array) -> jax.Array:
@@ -110,12 +111,6 @@ def _scaled(sums: jax.Array, excess: jax.Array, scale: jax.Array) -> jax.Array:
     count = math.gcd(SUMMED, len(sums))
     parts = [part.reshape(count, -1, part.shape[-1]) for part in (sums, excess[:, None], scale)]
     return functools.reduce(jnp.add, [(some - off) * by for some, off, by in zip(*parts, strict=True)])
-
-
-def _total(sums: list[jax.Array]) -> jax.Array:
-    """Each row's partial sums (…, O) added up: (M, O). As products with ones: XLA:CPU's sums along columns are slow."""
-    ones = jnp.ones((len(sums[0]),), jnp.float32)
-    return jnp.stack([jnp.einsum("g,go->o", ones, part) for part in jax.lax.optimization_barrier(sums)])
 
 
 def _blocks(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array) -> jax.Array:

@@ -32,6 +32,7 @@ from gemma4_jax.model.layers import Embedder, FeedForward, Linear, soft_cap
 from gemma4_jax.model.products import product
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
 from gemma4_jax.sample import reduced
+from gemma4_jax.sample.columns import column_product, inputs_first
 from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed, free
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,11 @@ def read_matmul(
         if count == 1 and weight.dtype == jnp.bfloat16:
             rows = jnp.pad(rows, ((0, 1), (0, 0)))
         rows = jax.lax.optimization_barrier(rows)
-        form = "mi,io->mo" if turned else "mi,oi->mo"
-        y = product(form, rows, weight.astype(rows.dtype))[:count].astype(dtype)
+        weight = weight.astype(rows.dtype)
+        if turned and count == 1 and rows.dtype == jnp.float32:
+            y = column_product(rows, weight).astype(dtype)
+        else:
+            y = product("mi,io->mo" if turned else "mi,oi->mo", rows, weight)[:count].astype(dtype)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -69,11 +73,21 @@ def _gpu_matmul(rows: jax.Array, weight: jax.Array, dtype) -> jax.Array:
     return jnp.einsum("mi,oi->mo", rows, weight.astype(rows.dtype), preferred_element_type=dtype)
 
 
-def _turns(weight: jax.Array, small: int) -> bool:
-    """Whether f32 (I, O) is the better form: for small matrices on XLA:CPU. Two to eight rows cost half of what they cost with
-    (O, I), which it lays out anew in each product; large ones are read from memory, which takes as long. Small ones of bf16
-    are read from a cache, where half the bytes gain nothing, and one row takes half to a third of its time in f32."""
-    return weight.dtype in (jnp.float32, jnp.bfloat16) and weight.size <= small and _on_host(weight)
+def _turns(weight: jax.Array, small: int | None) -> bool:
+    """Whether f32 (I, O) is the better form, on CPUs: for small matrices, and for large f32 ones if measured so.
+
+    Two to eight rows cost half of what they cost with (O, I), which XLA:CPU lays out anew in each product; how much of that
+    the time hides that reading a large matrix takes depends on the machine. Small ones of bf16 are read from a cache, where half
+    the bytes gain nothing, and one row takes half to a third of its time in f32.
+
+    Args:
+      small: numbers of a small matrix; larger ones stay as they are. None: ``SMALL``, and larger ones are measured.
+    """
+    if weight.dtype not in (jnp.float32, jnp.bfloat16) or not _on_host(weight):
+        return False
+    if weight.size <= (SMALL if small is None else small):
+        return True
+    return small is None and weight.dtype == jnp.float32 and inputs_first()
 
 
 def _turned(weight: jax.Array) -> nnx.Param:
@@ -86,9 +100,9 @@ class ReadLinear(nnx.Module):
 
     lora: nnx.Module | None = None
 
-    def __init__(self, *sources: Linear, columns: slice | None = None, release: bool = False, small: int = SMALL):
+    def __init__(self, *sources: Linear, columns: slice | None = None, release: bool = False, small: int | None = None):
         """Several maps of one input (or of some of its ``columns``) become one, their outputs side by side. ``release`` frees the
-        arrays that they were made of; small: numbers of a matrix that may be turned."""
+        arrays that they were made of; small: see ``_turns``."""
         given = [source.weight[...] for source in sources]
         weights = given if columns is None else [weight[:, columns] for weight in given]
         weight = weights[0] if len(weights) == 1 else jnp.concatenate(weights)
@@ -137,7 +151,7 @@ def _outputs(source: Linear) -> int:
 
 
 def read_linear(
-    *sources: Linear, columns: slice | None = None, release: bool = False, small: int = SMALL
+    *sources: Linear, columns: slice | None = None, release: bool = False, small: int | None = None
 ) -> ReadLinear | ReadPacked:
     """Several maps of one input (or of some of its ``columns``) for reading, see ``ReadLinear``; packed ones stay as they are."""
     if not are_packed(sources):
@@ -179,7 +193,7 @@ class ReadAttention(Attention):
 class ReadFeedForward(nnx.Module):
     """The gated feed-forward with gate and up as one product."""
 
-    def __init__(self, source: FeedForward, release: bool = False, small: int = SMALL):
+    def __init__(self, source: FeedForward, release: bool = False, small: int | None = None):
         self.gate_up_proj = read_linear(source.gate_proj, source.up_proj, release=release, small=small)
         self.down_proj = read_linear(source.down_proj, release=release, small=small)
 
@@ -405,7 +419,7 @@ def _views(leaf: jax.Array) -> list[jax.Array]:
     return [jax.device_put(host[index], device) for index in np.ndindex(*host.shape[:2])]
 
 
-def _readable(block: Block, release: bool = False, small: int = SMALL) -> Block:
+def _readable(block: Block, release: bool = False, small: int | None = None) -> Block:
     """The layer with its projections laid out for reading (``release``: and theirs freed), sharing its other arrays."""
     block = nnx.merge(*nnx.split(block))
     attention = block.self_attn
