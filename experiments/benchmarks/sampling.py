@@ -217,7 +217,7 @@ def prefill_rate(sampler, options):
 
 def speculation(sampler, options):
     """A function that measures plain and speculative rounds with drafts accepted at ``acceptance`` each, and what verification
-    and drafting cost."""
+    and drafting cost. ``speedup`` is that of the acceptances drawn, ``speedup_on_average`` that of rounds of average length."""
     steps, count = options["draft_tokens"], options["new_tokens"]
     prompt = np.random.default_rng(0).integers(5, sampler.config.vocab_size, EARLY).tolist()
     graph, drafter_weights = sampler._drafter
@@ -237,6 +237,7 @@ def speculation(sampler, options):
     right[0, : EARLY + count] = [*prompt, *rate(steps, free).tokens[0]]
     weights["right"] = jnp.asarray(right)
     draft_seconds = _draft_seconds(sampler, graph, drafter_weights, steps)
+    average = sum(options["acceptance"] ** i for i in range(steps + 1))  # tokens of a round, of any draw
 
     def once():
         own, cheap, base = (rate(*which).stats for which in ((steps, paid), (steps, free), (0,)))
@@ -246,6 +247,7 @@ def speculation(sampler, options):
             "plain_tokens_per_second": base.tokens_per_second,
             "speculative_tokens_per_second": own.tokens_per_second,
             "speedup": own.tokens_per_second / base.tokens_per_second,
+            "speedup_on_average": average * seconds[2] / seconds[0],
             "accepted_share": own.accepted / own.drafted,
             "tokens_per_round": own.mean_accepted,
             "round_seconds": seconds[0],

@@ -32,38 +32,45 @@ from gemma4_jax.model.layers import Embedder, FeedForward, Linear, soft_cap
 from gemma4_jax.model.products import product
 from gemma4_jax.packed import Quantized, QuantizedEmbedder
 from gemma4_jax.sample import reduced
-from gemma4_jax.sample.columns import column_product, inputs_first
+from gemma4_jax.sample.columns import column_product, inputs_first, paired, paired_product
 from gemma4_jax.sample.packed import ReadPacked, ReadPackedEmbedder, are_packed, free
 
 log = logging.getLogger(__name__)
 
-OFTEN = 1 << 23  # numbers of a drafter's matrix, read several times a round, that stays in the cache that cores share
 FEW = 16  # tokens whose rows are cut out of a table one by one on CPUs
 
 
 def read_matmul(
     x: jax.Array, weight: jax.Array, turned: bool = False, widened: bool = False, dtype=jnp.float32
 ) -> jax.Array:
-    """``x @ weight.T`` for few rows, added in f32: x (..., I), weight (O, I) -> (..., O) in ``dtype``. turned: weight is (I, O).
+    """``x @ weight.T`` for few rows, added in f32: x (..., I), weight (O, I) -> (..., O) in ``dtype``. turned: weight is
+    (I, O), or pairs (I/2, O) as ``columns.paired`` makes them.
 
-    widened: weight is f32 that holds bf16 numbers, and x is widened to meet it. The input is kept out of the product's loop by a
-    barrier, else XLA:CPU recomputes what is fused into it for every output. One row of bf16 is padded to two: XLA:CPU has a fast
-    form for two rows only (7 to 13 times that for one). On GPUs one row is a sum (``gemma4_jax.sample.reduced``).
+    widened: weight holds bf16 numbers that meet x in f32. The input is kept out of the product's loop by a barrier, else XLA:CPU
+    recomputes what is fused into it for every output. One row of bf16 is padded to two: XLA:CPU has a fast form for two rows
+    only (7 to 13 times that for one). On GPUs one row is a sum (``gemma4_jax.sample.reduced``).
     """
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32 if widened else x.dtype)
-    count = rows.shape[0]
     if jax.default_backend() == "gpu":
         y = _gpu_matmul(rows, weight, dtype)
+    elif turned:
+        y = _turned_matmul(rows, weight).astype(dtype)
     else:
+        count = len(rows)
         if count == 1 and weight.dtype == jnp.bfloat16:
             rows = jnp.pad(rows, ((0, 1), (0, 0)))
         rows = jax.lax.optimization_barrier(rows)
-        weight = weight.astype(rows.dtype)
-        if turned and count == 1 and rows.dtype == jnp.float32:
-            y = column_product(rows, weight).astype(dtype)
-        else:
-            y = product("mi,io->mo" if turned else "mi,oi->mo", rows, weight)[:count].astype(dtype)
+        y = product("mi,oi->mo", rows, weight.astype(rows.dtype))[:count].astype(dtype)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _turned_matmul(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    if weight.dtype == jnp.uint32:
+        return paired_product(rows, weight)
+    if len(rows) == 1 and rows.dtype == jnp.float32:
+        return column_product(rows, weight)
+    rows = jax.lax.optimization_barrier(rows)
+    return product("mi,io->mo", rows, weight.astype(rows.dtype))
 
 
 def _gpu_matmul(rows: jax.Array, weight: jax.Array, dtype) -> jax.Array:
@@ -73,42 +80,40 @@ def _gpu_matmul(rows: jax.Array, weight: jax.Array, dtype) -> jax.Array:
     return jnp.einsum("mi,oi->mo", rows, weight.astype(rows.dtype), preferred_element_type=dtype)
 
 
-def _turns(weight: jax.Array, small: int | None) -> bool:
-    """Whether f32 (I, O) is the better form, on CPUs: for small matrices, and for large f32 ones if measured so.
+def _turned(weight: jax.Array, often: bool) -> jax.Array | None:
+    """The form with inputs first where that is the better one, on CPUs: f32 (I, O), or bf16 pairs (I/2, O); else None.
 
-    Two to eight rows cost half of what they cost with (O, I), which XLA:CPU lays out anew in each product; how much of that
-    the time hides that reading a large matrix takes depends on the machine. Small ones of bf16 are read from a cache, where half
-    the bytes gain nothing, and one row takes half to a third of its time in f32.
-
-    Args:
-      small: numbers of a small matrix; larger ones stay as they are. None: ``SMALL``, and larger ones are measured.
+    - Small matrices, in f32. Two to eight rows cost half of what they cost with (O, I), which XLA:CPU lays out anew in each
+      product. In bf16 half the bytes gain nothing, read from a cache, and one row takes half to a third of its time in f32.
+    - Large ones of f32 where this machine is faster so: reading them may or may not take as long as laying them out anew.
+    - Large ones of bf16 that are read ``often``, one row each: a drafter's. One row of pairs takes half of its time in (O, I),
+      several take a little more.
     """
     if weight.dtype not in (jnp.float32, jnp.bfloat16) or not _on_host(weight):
-        return False
-    if weight.size <= (SMALL if small is None else small):
-        return True
-    return small is None and weight.dtype == jnp.float32 and inputs_first()
-
-
-def _turned(weight: jax.Array) -> nnx.Param:
-    return nnx.Param(weight.astype(jnp.float32).T)
+        return None
+    if weight.size <= SMALL or (weight.dtype == jnp.float32 and inputs_first()):
+        return weight.astype(jnp.float32).T
+    if weight.dtype == jnp.bfloat16 and often and weight.shape[1] % 2 == 0:
+        return paired(weight)
+    return None
 
 
 class ReadLinear(nnx.Module):
-    """A linear map for few rows. weight (out, in), or (in, out) if ``turned``, in f32 then (``widened``: made of bf16); lora:
-    None, or the adapters of what it was made of."""
+    """A linear map for few rows. weight (out, in), or inputs first if ``turned`` (``widened``: of bf16 numbers, which meet f32);
+    lora: None, or the adapters of what it was made of."""
 
     lora: nnx.Module | None = None
 
-    def __init__(self, *sources: Linear, columns: slice | None = None, release: bool = False, small: int | None = None):
+    def __init__(self, *sources: Linear, columns: slice | None = None, release: bool = False, often: bool = False):
         """Several maps of one input (or of some of its ``columns``) become one, their outputs side by side. ``release`` frees the
-        arrays that they were made of; small: see ``_turns``."""
+        arrays that they were made of; often: it is read several times a round."""
         given = [source.weight[...] for source in sources]
         weights = given if columns is None else [weight[:, columns] for weight in given]
         weight = weights[0] if len(weights) == 1 else jnp.concatenate(weights)
-        self.turned = _turns(weight, small)
+        turned = _turned(weight, often)
+        self.turned = turned is not None
         self.widened = self.turned and weight.dtype == jnp.bfloat16
-        self.weight = _turned(weight) if self.turned else nnx.Param(weight)
+        self.weight = nnx.Param(turned if self.turned else weight)
         if release and (self.turned or len(given) > 1):
             jax.block_until_ready(self.weight[...])
             free(given)
@@ -151,11 +156,11 @@ def _outputs(source: Linear) -> int:
 
 
 def read_linear(
-    *sources: Linear, columns: slice | None = None, release: bool = False, small: int | None = None
+    *sources: Linear, columns: slice | None = None, release: bool = False, often: bool = False
 ) -> ReadLinear | ReadPacked:
     """Several maps of one input (or of some of its ``columns``) for reading, see ``ReadLinear``; packed ones stay as they are."""
     if not are_packed(sources):
-        return ReadLinear(*sources, columns=columns, release=release, small=small)
+        return ReadLinear(*sources, columns=columns, release=release, often=often)
     packed = ReadPacked(*sources, columns=columns)
     if any(source.lora is not None for source in sources):
         packed.lora = ReadAdapters(sources, columns)
@@ -193,9 +198,9 @@ class ReadAttention(Attention):
 class ReadFeedForward(nnx.Module):
     """The gated feed-forward with gate and up as one product."""
 
-    def __init__(self, source: FeedForward, release: bool = False, small: int | None = None):
-        self.gate_up_proj = read_linear(source.gate_proj, source.up_proj, release=release, small=small)
-        self.down_proj = read_linear(source.down_proj, release=release, small=small)
+    def __init__(self, source: FeedForward, release: bool = False, often: bool = False):
+        self.gate_up_proj = read_linear(source.gate_proj, source.up_proj, release=release, often=often)
+        self.down_proj = read_linear(source.down_proj, release=release, often=often)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D); f32."""
@@ -207,15 +212,15 @@ class ReadFeedForward(nnx.Module):
 class ReadEmbedder(Embedder):
     """The shared table, read as input rows and as output head. table (V, D); head: None, or a small table's f32 (D, V).
 
-    With ``head_only`` it is read as a drafter's output head alone, and held once in any case.
+    With ``head_only`` it is read as a drafter's output head alone, and held once in any case: the head may have any form then.
     """
 
     def __init__(self, source: Embedder, head_only: bool = False):
         table = source.table[...]
-        turns = _turns(table, OFTEN if head_only else SMALL)
-        self.table = None if turns and head_only else source.table
-        self.widened = turns and table.dtype == jnp.bfloat16
-        self.head = _turned(table) if turns else None
+        turned = _turned(table, often=True) if head_only or table.size <= SMALL else None
+        self.table = None if turned is not None and head_only else source.table
+        self.widened = turned is not None and table.dtype == jnp.bfloat16
+        self.head = None if turned is None else nnx.Param(turned)
         bits = None if self.table is None else _bits(table)
         self.bits = None if bits is None else Bits(bits)
 
@@ -264,10 +269,10 @@ class ReadDrafter(Drafter):
         self.config = source.config
         width = self.config.hidden_size
         self.embedder = _read_embedder(source.embedder, head_only=True)
-        self.embedding_projection = read_linear(source.pre_projection, columns=slice(None, width), small=OFTEN)
-        self.hidden_projection = read_linear(source.pre_projection, columns=slice(width, None), small=OFTEN)
-        self.post_projection = read_linear(source.post_projection, small=OFTEN)
-        self.layers = nnx.List([_readable(block, small=OFTEN) for block in source.layers])
+        self.embedding_projection = read_linear(source.pre_projection, columns=slice(None, width), often=True)
+        self.hidden_projection = read_linear(source.pre_projection, columns=slice(width, None), often=True)
+        self.post_projection = read_linear(source.post_projection, often=True)
+        self.layers = nnx.List([_readable(block, often=True) for block in source.layers])
         self.final_norm = source.final_norm
         if self.config.drafter.use_ordered_embeddings:
             self.centroids, self.token_ordering = source.centroids, source.token_ordering
@@ -419,14 +424,14 @@ def _views(leaf: jax.Array) -> list[jax.Array]:
     return [jax.device_put(host[index], device) for index in np.ndindex(*host.shape[:2])]
 
 
-def _readable(block: Block, release: bool = False, small: int | None = None) -> Block:
+def _readable(block: Block, release: bool = False, often: bool = False) -> Block:
     """The layer with its projections laid out for reading (``release``: and theirs freed), sharing its other arrays."""
     block = nnx.merge(*nnx.split(block))
     attention = block.self_attn
     if isinstance(attention, Attention):
         block.self_attn = ReadAttention(attention, release)
     else:
-        attention.q_proj = read_linear(attention.q_proj, small=small)
-        attention.o_proj = read_linear(attention.o_proj, small=small)
-    block.mlp = ReadFeedForward(block.mlp, release, small)
+        attention.q_proj = read_linear(attention.q_proj, often=often)
+        attention.o_proj = read_linear(attention.o_proj, often=often)
+    block.mlp = ReadFeedForward(block.mlp, release, often)
     return block
