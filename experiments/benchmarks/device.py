@@ -10,10 +10,12 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import dataclasses
+import functools
 import gc
 import logging
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -90,17 +92,16 @@ def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[s
     parts = weight_bytes(config)
     read = parts["layers"] + parts["table"]
     found: dict[str, Any] = {"weight_bytes": sum(parts.values())}
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # most of the time goes into compiling
-        prepared = {mode: pool.submit(MEASURES[mode], copy.copy(sampler), options) for mode in options["modes"]}
-    for mode, future in prepared.items():
-        try:
-            rows = [future.result()() for _ in range(options["rounds"])]
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            log.warning("%s, %s: left out for want of memory: %s", dtype, mode, error)
-            continue
-        found |= {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    prepare = {mode: functools.partial(MEASURES[mode], copy.copy(sampler), options) for mode in options["modes"]}
+    medians, crowded = _together(prepare, options["rounds"])
+    found |= medians
+    for mode in crowded:
+        log.info("%s, %s: does not fit beside the other modes, and is measured alone", dtype, mode)
+        gc.collect()
+        medians, lack = _medians(prepare[mode], options["rounds"])
+        found |= medians
+        if lack:
+            log.warning("%s, %s: left out for want of memory: %s", dtype, mode, lack)
     if "decode_tokens_per_second" in found:
         found["share_of_bandwidth"] = read * found["decode_tokens_per_second"] / limit["bytes_per_second"]
     if "prefill_tokens_per_second" in found:
@@ -110,3 +111,30 @@ def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[s
     if "peak_bytes_in_use" in stats:
         found["peak_bytes"] = stats["peak_bytes_in_use"]
     return found
+
+
+def _together(prepare: dict[str, Callable], rounds: int) -> tuple[dict[str, float], list[str]]:
+    """Results of modes that are prepared at once, since most of the time goes into compiling, and the modes that did not fit.
+    What an error holds is freed on return."""
+    found: dict[str, float] = {}
+    crowded = []
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        prepared = {mode: pool.submit(function) for mode, function in prepare.items()}
+    for mode, future in prepared.items():
+        medians, lack = _medians(future.result, rounds)
+        found |= medians
+        if lack:
+            crowded.append(mode)
+    return found, crowded
+
+
+def _medians(prepare: Callable, rounds: int) -> tuple[dict[str, float], str]:
+    """Medians of what ``prepare()`` measures, or what is said of a lack of memory."""
+    try:
+        once = prepare()
+        rows = [once() for _ in range(rounds)]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {}, str(error)
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}, ""
