@@ -92,7 +92,7 @@ def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[s
     parts = weight_bytes(config)
     read = parts["layers"] + parts["table"]
     found: dict[str, Any] = {"weight_bytes": sum(parts.values())}
-    prepare = {mode: functools.partial(MEASURES[mode], copy.copy(sampler), options) for mode in options["modes"]}
+    prepare = {mode: functools.partial(_prepare, mode, sampler, options) for mode in options["modes"]}
     medians, crowded = _together(prepare, options["rounds"])
     found |= medians
     for mode in crowded:
@@ -111,6 +111,10 @@ def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[s
     if "peak_bytes_in_use" in stats:
         found["peak_bytes"] = stats["peak_bytes_in_use"]
     return found
+
+
+def _prepare(mode: str, sampler: g4.Sampler, options: dict[str, Any]) -> Callable:
+    return MEASURES[mode](copy.copy(sampler), options)  # some exchange their sampler's drafter
 
 
 def _together(prepare: dict[str, Callable], rounds: int) -> tuple[dict[str, float], list[str]]:

@@ -76,10 +76,14 @@ def test_what_does_not_fit_is_left_out(small, monkeypatch, caplog):
     assert "int8_prefill_tokens_per_second" in found
     assert "int8_decode_tokens_per_second" not in found
 
-    tries = iter([too_large, sampling.decode_rates])
-    monkeypatch.setitem(device.MEASURES, "decode", lambda *args: next(tries)(*args))
-    found = device.measure({**small, "modes": ("decode",)}, 0)
-    assert "int8_decode_tokens_per_second" in found  # it fits alone
+    def too_large_at_first(sampler, options):
+        once = sampling.speculation(sampler, options)
+        return too_large(sampler, options) if next(tries) else once
+
+    tries = iter([True, False])
+    monkeypatch.setitem(device.MEASURES, "speculative", too_large_at_first)
+    found = device.measure({**small, "modes": ("speculative",)}, 0)
+    assert "int8_speedup" in found  # it fits alone
 
     def broken(sampler, options):
         raise jax.errors.JaxRuntimeError("INTERNAL: no such kernel")
