@@ -360,8 +360,8 @@ class ReadTarget(nnx.Module):
         for block, cache in zip(self.blocks, caches[count:], strict=True):
             x, new = block(x, ropes[block.kind], attend.layer(cache))
             if x.shape[1] > FEW and jax.default_backend() == "gpu":
-                # The next layer waits for this one's keys and values to be written. XLA would leave that to the end, and hold what
-                # they are made of until then: 27 MB a layer of the 12B for 1024 tokens.
+                # The next layer waits for this one's keys and values to be written. XLA would leave that to the end, and hold
+                # what they are made of until then: 27 MB a layer of the 12B for 1024 tokens.
                 x = jax.lax.optimization_barrier((x, new))[0]
             done = (*done, new)
         return x, done
