@@ -67,7 +67,7 @@ def read_matmul(
 def _turned_matmul(rows: jax.Array, weight: jax.Array) -> jax.Array:
     if weight.dtype == jnp.uint32:
         return paired_product(rows, weight)
-    if len(rows) == 1 and rows.dtype == jnp.float32:
+    if len(rows) == 1 and rows.dtype == jnp.float32 and weight.size > SMALL:
         return column_product(rows, weight)
     rows = jax.lax.optimization_barrier(rows)
     return product("mi,io->mo", rows, weight.astype(rows.dtype))
