@@ -48,10 +48,8 @@ class DraftPolicy:
     """
 
     fade = 0.9
-    trial_rounds = 4  # that draft; plain ones are cheaper, and what a run costs by itself must not weigh more on them
-    plain_trial_rounds = 16
+    trial_rounds = 4
     steady_rounds = 32
-    worth = 1.05  # times the tokens a second of plain rounds, from which on drafting is taken: less may be an error of measuring
     trial_share = 0.01  # of the time, at most, goes into trying neighbours again
 
     def __init__(self, draft_tokens: int | str):
@@ -73,17 +71,13 @@ class DraftPolicy:
             return self.fixed, self.steady_rounds
         for length in CANDIDATES:
             if length not in self.records and (length in (0, PROBE) or self._may_pay(length)):
-                return length, self._trial(length)
+                return length, self.trial_rounds
         best = self.best()
         neighbour = self._neighbour(best)
-        if self.steady_seconds * self.trial_share >= self._trial(neighbour) * self.records[neighbour].cost:
+        if self.steady_seconds * self.trial_share >= self.trial_rounds * self.records[neighbour].cost:
             self.steady_seconds, self.retries = 0.0, self.retries + 1
-            return neighbour, self._trial(neighbour)
+            return neighbour, self.trial_rounds
         return best, self.steady_rounds
-
-    def _trial(self, length: int) -> int:
-        """Rounds of a trial."""
-        return self.trial_rounds if length else self.plain_trial_rounds
 
     def _neighbour(self, length: int) -> int:
         """The measured length to try beside this one: in turns the next longer and the next shorter."""
@@ -121,13 +115,8 @@ class DraftPolicy:
         return total
 
     def best(self) -> int:
-        """The measured length with the most tokens per second, those of plain rounds counted ``worth`` times."""
-        return max(self.records, key=lambda n: (self._rate(n), -n))
-
-    def _rate(self, length: int, cost: float | None = None) -> float:
-        """Tokens a second at the cost measured, or at another; of plain rounds times ``worth``."""
-        cost = self.records[length].cost if cost is None else cost
-        return self.tokens_per_round(length) / cost * (1.0 if length else self.worth)
+        """The measured length with the most tokens per second."""
+        return max(self.records, key=lambda n: (self.tokens_per_round(n) / self.records[n].cost, -n))
 
     def _may_pay(self, length: int) -> bool:
         """Whether a length could beat the best one, its cost guessed along the line through the nearest measured two."""
@@ -136,4 +125,5 @@ class DraftPolicy:
         low, high = seen[above - 1], seen[above]
         slope = max(0.0, (self.records[high].cost - self.records[low].cost) / (high - low))
         guess = self.records[low].cost + slope * (length - low)
-        return self._rate(length, guess) > self._rate(self.best())
+        best = self.best()
+        return self.tokens_per_round(length) / guess > self.tokens_per_round(best) / self.records[best].cost
