@@ -28,23 +28,19 @@ def parse_draft_tokens(value: int | str, has_drafter: bool) -> int | str:
 
 @dataclasses.dataclass
 class _Record:
-    """What has been seen of one draft length."""
+    """What has been seen of one draft length. seconds: of the rounds alone."""
 
     seconds: float = 0.0
     rounds: float = 0.0
-
-    @property
-    def cost(self) -> float:
-        return self.seconds / self.rounds
 
 
 class DraftPolicy:
     """Chooses the draft length of the next run of rounds.
 
-    Fixed: always the same. "auto": measures plain rounds and rounds of ``PROBE`` drafts, which show how often each step is
-    accepted; then only those other lengths that may beat the best, judged by that and by what rounds between the measured
-    ones must cost. It stays with the best and now and then tries a neighbour again. Old measurements fade, so the choice
-    follows text and load. A useless drafter thus costs one program and a few rounds.
+    Fixed: always the same. "auto": measures what a run costs without rounds, plain rounds and rounds of ``PROBE`` drafts, which
+    show how often each step is accepted; then only those other lengths that may beat the best, judged by that and by what
+    rounds between the measured ones must cost. It stays with the best and now and then tries a neighbour again. Old
+    measurements fade, so the choice follows text and load. A useless drafter thus costs one program and a few rounds.
     """
 
     fade = 0.9
@@ -57,6 +53,10 @@ class DraftPolicy:
         self.records: dict[int, _Record] = {}
         self.tried = [0.0] * self.longest  # how often step j was reached
         self.passed = [0.0] * self.longest
+        self.run_seconds: float | None = (
+            None  # what the host takes for a run; the fewer rounds, the more it weighs on each
+        )
+        self.run_rounds = self.steady_rounds  # of a steady run
         self.steady_seconds = 0.0  # since the last trial
         self.retries = 0
 
@@ -65,19 +65,23 @@ class DraftPolicy:
         """The longest draft that may be asked for (rings are sized by it)."""
         return max(CANDIDATES) if self.fixed is None else self.fixed
 
-    def next(self) -> tuple[int, int]:
-        """(draft length, rounds) of the next run."""
+    def next(self, most: int = steady_rounds) -> tuple[int, int]:
+        """(draft length, rounds) of the next run, of ``most`` rounds at most."""
+        self.run_rounds = min(most, self.steady_rounds)
+        trial = min(most, self.trial_rounds)
         if self.fixed is not None:
-            return self.fixed, self.steady_rounds
+            return self.fixed, self.run_rounds
+        if self.run_seconds is None:
+            return 0, 0
         for length in CANDIDATES:
             if length not in self.records and (length in (0, PROBE) or self._may_pay(length)):
-                return length, self.trial_rounds
+                return length, trial
         best = self.best()
         neighbour = self._neighbour(best)
-        if self.steady_seconds * self.trial_share >= self.trial_rounds * self.records[neighbour].cost:
+        if self.steady_seconds * self.trial_share >= trial * self._cost(neighbour):
             self.steady_seconds, self.retries = 0.0, self.retries + 1
-            return neighbour, self.trial_rounds
-        return best, self.steady_rounds
+            return neighbour, trial
+        return best, self.run_rounds
 
     def _neighbour(self, length: int) -> int:
         """The measured length to try beside this one: in turns the next longer and the next shorter."""
@@ -89,10 +93,12 @@ class DraftPolicy:
     def record(self, length: int, rounds: int, seconds: float, row_rounds: int, accepted: list[int]) -> None:
         """What a run showed. row_rounds: rounds times running rows; accepted: how often each step was accepted."""
         if rounds == 0:
+            self.run_seconds = seconds
             return
         self.steady_seconds += seconds
         old = self.records.setdefault(length, _Record())
-        old.seconds, old.rounds = old.seconds * self.fade + seconds, old.rounds * self.fade + rounds
+        by_rounds = max(seconds - (self.run_seconds or 0.0), 0.1 * seconds)  # the run of none may have been disturbed
+        old.seconds, old.rounds = old.seconds * self.fade + by_rounds, old.rounds * self.fade + rounds
         reached = row_rounds
         for j, passed in enumerate(accepted):
             self.tried[j] = self.tried[j] * self.fade + reached
@@ -116,14 +122,19 @@ class DraftPolicy:
 
     def best(self) -> int:
         """The measured length with the most tokens per second."""
-        return max(self.records, key=lambda n: (self.tokens_per_round(n) / self.records[n].cost, -n))
+        return max(self.records, key=lambda n: (self.tokens_per_round(n) / self._cost(n), -n))
+
+    def _cost(self, length: int) -> float:
+        """Seconds of a round in a steady run."""
+        record = self.records[length]
+        return record.seconds / record.rounds + (self.run_seconds or 0.0) / self.run_rounds
 
     def _may_pay(self, length: int) -> bool:
         """Whether a length could beat the best one, its cost guessed along the line through the nearest measured two."""
         seen = sorted(self.records)
         above = next((i for i, n in enumerate(seen) if n > length), len(seen) - 1)
         low, high = seen[above - 1], seen[above]
-        slope = max(0.0, (self.records[high].cost - self.records[low].cost) / (high - low))
-        guess = self.records[low].cost + slope * (length - low)
+        slope = max(0.0, (self._cost(high) - self._cost(low)) / (high - low))
+        guess = self._cost(low) + slope * (length - low)
         best = self.best()
-        return self.tokens_per_round(length) / guess > self.tokens_per_round(best) / self.records[best].cost
+        return self.tokens_per_round(length) / guess > self.tokens_per_round(best) / self._cost(best)

@@ -346,9 +346,7 @@ class Sampler:
 
     def _rounds(self, state: decode.State, wanted: decode.Request, mode: Mode, run: _Run) -> decode.State:
         policy = self._policies.setdefault(len(run.tokens), DraftPolicy(self.draft_tokens))
-        steps, rounds = policy.next()
-        if run.on_token is not None:
-            rounds = min(rounds, STREAM_ROUNDS)
+        steps, rounds = policy.next() if run.on_token is None else policy.next(STREAM_ROUNDS)
         compiled, started = self._compile_seconds, time.perf_counter()
         state, out = self.run_rounds(state, wanted, mode, steps, rounds)
         seconds = time.perf_counter() - started - (self._compile_seconds - compiled)

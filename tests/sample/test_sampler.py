@@ -268,16 +268,16 @@ def test_strings_and_streaming():
         assert got[row][1] == out.texts[row] == tokenizer.decode(out.tokens[row])
 
 
-def _drive(policy, cost, acceptance, runs=200, longest_run=32):
-    """Seconds per token with the policy, if a round of draft length D costs ``cost(D)``."""
+def _drive(policy, cost, acceptance, runs=200, longest_run=32, run_cost=0.0):
+    """Seconds per token with the policy, if a round of draft length D costs ``cost(D)``, and a run of rounds ``run_cost``."""
     rng = np.random.default_rng(0)
     seconds = tokens = 0.0
     for _ in range(runs):
-        steps, rounds = policy.next()
-        rounds = min(rounds, longest_run)
+        steps, rounds = policy.next(longest_run)
+        assert rounds <= longest_run
         reach = rng.random((rounds, steps)) < acceptance
         accepted = np.cumprod(reach, axis=1).sum(axis=0).astype(int).tolist()
-        spent = rounds * cost(steps)
+        spent = rounds * cost(steps) + run_cost
         policy.record(steps, rounds, spent, rounds, accepted)
         seconds += spent
         tokens += rounds + sum(accepted)
@@ -291,6 +291,20 @@ def _drive(policy, cost, acceptance, runs=200, longest_run=32):
 def test_adaptive_length(acceptance, slope, limit):
     """A useless or dear drafter costs at most 3 %; a good and cheap one pays."""
     assert _drive(DraftPolicy("auto"), lambda d: 1 + slope * d + 0.1 * (d > 0), acceptance) < limit
+
+
+@pytest.mark.parametrize("longest_run", [4, 32])
+@pytest.mark.parametrize("run_cost", [0.0, 1.0, 20.0])
+def test_what_a_run_costs_by_itself_is_known(run_cost, longest_run):
+    """Beside it short trials of cheap rounds would look dear: at the costs of a whole run the best length is the best."""
+    policy = DraftPolicy("auto")
+    _drive(policy, lambda d: 1 + 0.8 * d, 0.7, runs=16, longest_run=longest_run, run_cost=run_cost)
+    assert policy.run_seconds == run_cost
+    share = run_cost / longest_run
+    for length in policy.records:
+        assert policy._cost(length) == pytest.approx(1 + 0.8 * length + share)
+    drafts_pay = (1 + 0.8 * 2 + share) / (1 + 0.7 + 0.49) < 1 + share
+    assert (policy.best() > 0) == drafts_pay
 
 
 def test_adaptive_length_where_any_draft_has_a_fixed_price():
@@ -318,6 +332,6 @@ def test_adaptive_sampler_gives_the_same_tokens(bundle):
 def test_first_runs_are_not_measured():
     """A program's first run takes ten times what the next ones do: "auto" would leave drafting alone for long."""
     sampler = Sampler(small_bundle(), max_length=64, draft_tokens="auto")
-    for measured in ([], [0]):
+    for measured in ([0], [0], [0, 4]):  # plain rounds follow a run of none
         sampler.generate(prompts_of([6]), max_new_tokens=3, stop_ids=[])
         assert list(sampler._policies[1].records) == measured
