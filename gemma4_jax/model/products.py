@@ -27,13 +27,13 @@ def product(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
       form: of two operands; leading axes of one may be an ellipsis.
     """
     if x.dtype == y.dtype == jnp.bfloat16 and runs_apart():
-        operands, result = form.split("->")
-        first, second = operands.split(",")
-        if not has_bf16_units():
-            if _narrowest(form, x, y) >= WIDE:
-                x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        elif first[0] == second[0] and first[0] not in result:
-            form, x, y = f"z{first},z{second}->{result}", x[None], y[None]
+        if has_bf16_units():
+            operands, result = form.split("->")
+            first, second = operands.split(",")
+            if first[0] == second[0] and first[0] not in result:
+                form, x, y = f"z{first},z{second}->{result}", x[None], y[None]
+        elif _narrowest(form, x, y) >= WIDE:
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jnp.einsum(form, x, y, preferred_element_type=jnp.float32)
 
 

@@ -32,3 +32,26 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The inputs of all low and of all high halves of bytes: (M, I) -> twice (M, I/2)."""
     groups = x.reshape(x.shape[0], -1, 2, GROUP // 2)
     return groups[:, :, 0].reshape(x.shape[0], -1), groups[:, :, 1].reshape(x.shape[0], -1)
+
+
+def by_columns_of_halves(
+    x: tuple[jax.Array, jax.Array],
+    outputs: int,
+    columns: int,
+    unpacked: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """x, two halves of inputs (M, I/2), times a matrix that is unpacked in the cache, some columns at a time, in f32: -> (M, O).
+
+    Args:
+      columns: that are unpacked together, at most.
+      unpacked: of (first column, columns), the weights (I/2, columns) that meet each half.
+    """
+    size = min(outputs, columns)
+
+    def block(start, y):
+        # The barrier keeps the unpacking out of the products' inner loops.
+        weights = jax.lax.optimization_barrier(unpacked(start, size))
+        new = sum(jnp.einsum("mi,io->mo", half, some) for half, some in zip(x, weights, strict=True))
+        return jax.lax.dynamic_update_slice(y, new, (jnp.int32(0), start))
+
+    return over_blocks(outputs, size, block, to_write_over(x[0], outputs))

@@ -21,15 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from gemma4_jax.packed import GROUP
-from gemma4_jax.sample.blocks import halves, over_blocks, to_write_over
-from gemma4_jax.sample.columns import total
+from gemma4_jax.sample.blocks import by_columns_of_halves, halves, over_blocks, to_write_over
+from gemma4_jax.sample.columns import COLUMNS, total
 
 HALF = GROUP // 2  # bytes of a group; number j is in the low half of byte j, number j + 16 in its high half
 PAIRED_ROWS = 10
 STEP = 4  # bytes of a group that the reduction of two rows goes through; the others are written out
 SUMMED = 8  # groups whose partial sums are added while they are scaled
 TRANSPOSED_ROWS = 128
-COLUMNS = 512  # that are unpacked together: fewer make narrow products, and read less of each page of memory
 
 
 @jax.jit
@@ -116,16 +115,10 @@ def _scaled(sums: jax.Array, excess: jax.Array, scale: jax.Array) -> jax.Array:
 def _blocks(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array) -> jax.Array:
     """Many rows: x (M, I) -> (M, O)."""
     groups, outputs = scale.shape[1:]
-    columns = min(outputs, COLUMNS)
-    x_low, x_high = jax.lax.optimization_barrier(halves(x))
 
-    def block(start, y):
-        bits = jax.lax.dynamic_slice(values, (place, 0, 0, start), (1, groups, HALF, columns))[0].astype(jnp.int32)
-        factor = jax.lax.dynamic_slice(scale, (place, 0, start), (1, groups, columns))[0].astype(jnp.float32)[:, None]
-        parts = [((half - 8).astype(jnp.float32) * factor).reshape(-1, columns) for half in (bits & 15, bits >> 4)]
-        # The barrier keeps the conversion out of the products' inner loops.
-        low, high = jax.lax.optimization_barrier(parts)
-        new = jnp.einsum("mi,io->mo", x_low, low) + jnp.einsum("mi,io->mo", x_high, high)
-        return jax.lax.dynamic_update_slice(y, new, (jnp.int32(0), start))
+    def unpacked(start, size):
+        bits = jax.lax.dynamic_slice(values, (place, 0, 0, start), (1, groups, HALF, size))[0].astype(jnp.int32)
+        factor = jax.lax.dynamic_slice(scale, (place, 0, start), (1, groups, size))[0].astype(jnp.float32)[:, None]
+        return tuple(((half - 8).astype(jnp.float32) * factor).reshape(-1, size) for half in (bits & 15, bits >> 4))
 
-    return over_blocks(outputs, columns, block, to_write_over(x, outputs))
+    return by_columns_of_halves(jax.lax.optimization_barrier(halves(x)), outputs, COLUMNS, unpacked)

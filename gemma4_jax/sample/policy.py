@@ -54,7 +54,7 @@ class DraftPolicy:
         self.tried = [0.0] * self.longest  # how often step j was reached
         self.passed = [0.0] * self.longest
         self.run_seconds: float | None = (
-            None  # what the host takes for a run; the fewer rounds, the more it weighs on each
+            None  # of a run without rounds; the fewer there are, the more it weighs on each
         )
         self.run_rounds = self.steady_rounds  # of a steady run
         self.steady_seconds = 0.0  # since the last trial
