@@ -39,12 +39,14 @@ class DraftPolicy:
 
     Fixed: always the same. "auto": measures what a run costs without rounds, plain rounds and rounds of ``PROBE`` drafts, which
     show how often each step is accepted; then only those other lengths that may beat the best, judged by that and by what
-    rounds between the measured ones must cost. It stays with the best and now and then tries a neighbour again. Old
-    measurements fade, so the choice follows text and load. A useless drafter thus costs one program and a few rounds.
+    rounds between the measured ones must cost. A trial of drafts ends early where they cannot pay even if luck was against
+    them. It stays with the best and now and then tries a neighbour again. Old measurements fade, so the choice follows text
+    and load. A useless drafter thus costs one program and a few rounds.
     """
 
     fade = 0.9
     trial_rounds = 4
+    early_rounds = 2  # of a first trial of drafts, after which it may end
     steady_rounds = 32
     trial_share = 0.01  # of the time, at most, goes into trying neighbours again
 
@@ -74,14 +76,23 @@ class DraftPolicy:
         if self.run_seconds is None:
             return 0, 0
         for length in CANDIDATES:
-            if length not in self.records and (length in (0, PROBE) or self._may_pay(length)):
-                return length, trial
+            if rounds := self._first_trial(length):
+                return length, min(most, rounds)
         best = self.best()
         neighbour = self._neighbour(best)
         if self.steady_seconds * self.trial_share >= trial * self._cost(neighbour):
             self.steady_seconds, self.retries = 0.0, self.retries + 1
             return neighbour, trial
         return best, self.run_rounds
+
+    def _first_trial(self, length: int) -> int:
+        """Rounds still to run before this length may be judged; 0: none."""
+        record = self.records.get(length)
+        if length == 0:
+            return 0 if record else self.trial_rounds
+        if record is None:
+            return self.early_rounds if length == PROBE or self._may_pay(length) else 0
+        return self.early_rounds if record.rounds <= self.early_rounds and self._hopeful(length) else 0
 
     def _neighbour(self, length: int) -> int:
         """The measured length to try beside this one: in turns the next longer and the next shorter."""
@@ -128,6 +139,14 @@ class DraftPolicy:
         """Seconds of a round in a steady run."""
         record = self.records[length]
         return record.seconds / record.rounds + (self.run_seconds or 0.0) / self.run_rounds
+
+    def _hopeful(self, length: int) -> bool:
+        """Whether drafts could still beat plain rounds, had each step been accepted once more than it was."""
+        total, reach = 1.0, 1.0
+        for tried, passed in zip(self.tried[:length], self.passed[:length], strict=True):
+            reach *= (passed + 1) / (tried + 1)
+            total += reach
+        return total / self._cost(length) > 1 / self._cost(0)
 
     def _may_pay(self, length: int) -> bool:
         """Whether a length could beat the best one, its cost guessed along the line through the nearest measured two."""

@@ -307,6 +307,15 @@ def test_what_a_run_costs_by_itself_is_known(run_cost, longest_run):
     assert (policy.best() > 0) == drafts_pay
 
 
+@pytest.mark.parametrize(("price", "rounds"), [(2.2, 4), (2.5, 2)])
+def test_a_trial_ends_early_where_drafts_cannot_pay(price, rounds):
+    """Two rounds without an accepted draft: a step accepted once in three times would make 7/3 tokens a round of four drafts."""
+    policy = DraftPolicy("auto")
+    _drive(policy, lambda d: price if d else 1.0, 0.0, runs=5)
+    assert policy.tried[0] == pytest.approx({2: 2, 4: 2 * policy.fade + 2}[rounds])
+    assert sorted(policy.records) == [0, 4]
+
+
 def test_adaptive_length_where_any_draft_has_a_fixed_price():
     """Rounds of two rows that cost as much as those of five: a long draft pays where a short one cannot."""
     policy = DraftPolicy("auto")
