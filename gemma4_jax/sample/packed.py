@@ -33,7 +33,7 @@ from gemma4_jax.model.layers import Linear, soft_cap
 from gemma4_jax.model.products import product
 from gemma4_jax.packed import GROUP, Quantized, QuantizedEmbedder, QuantizedLinear, input_columns, unpack
 from gemma4_jax.sample import packed_kernel, reduced
-from gemma4_jax.sample.blocks import halves, over_blocks, to_write_over
+from gemma4_jax.sample.blocks import halves, over_blocks, to_write_over, unpacked_dtype
 from gemma4_jax.sample.packed_columns import by_columns, read_columns
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _blocked(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array | int) -> jax.Array:
     outputs, width = values.shape[-2], x.shape[1]
     size = min(outputs, max(16, BLOCK_NUMBERS // width // 16 * 16))
-    x = jax.lax.optimization_barrier(x.astype(jnp.float32))
+    x = jax.lax.optimization_barrier(x.astype(unpacked_dtype(x)))
     x_halves = halves(x) if values.dtype == jnp.uint8 else None
 
     def block(start, y):
@@ -165,8 +165,8 @@ def _product(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _block_int8(x, values, scale):
     if scale.shape[1] > 1:  # groups, as in files of type Q8_0
-        return _product(x, unpack(values, scale))
-    return _product(x, values.astype(jnp.float32)) * scale[:, 0].astype(jnp.float32)
+        return _product(x, unpack(values, scale, x.dtype))
+    return _product(x, values.astype(x.dtype)) * scale[:, 0].astype(jnp.float32)
 
 
 def _block_int4(x_halves, values, scale):
@@ -175,7 +175,7 @@ def _block_int4(x_halves, values, scale):
     groups = values.reshape(*scale.shape, GROUP // 2)
     scale = scale.astype(jnp.float32)[..., None]
     parts = [
-        ((bits.astype(jnp.int32) - 8).astype(jnp.float32) * scale).reshape(values.shape)
+        ((bits.astype(jnp.int32) - 8).astype(jnp.float32) * scale).astype(low.dtype).reshape(values.shape)
         for bits in (groups & 15, groups >> 4)
     ]
     return _product(low, parts[0]) + _product(high, parts[1])

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma4_jax.packed import GROUP
-from gemma4_jax.sample.blocks import by_columns_of_halves, halves, over_blocks, to_write_over
+from gemma4_jax.sample.blocks import by_columns_of_halves, halves, over_blocks, to_write_over, unpacked_dtype
 from gemma4_jax.sample.columns import COLUMNS, total
 
 HALF = GROUP // 2  # bytes of a group; number j is in the low half of byte j, number j + 16 in its high half
@@ -61,7 +61,7 @@ def read_columns(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.A
     scale = scale.reshape(-1, *scale.shape[-2:])
     values = values.reshape(*scale.shape[:2], HALF, -1)
     place = jnp.int32(place)
-    x = x.astype(jnp.float32)
+    x = x.astype(unpacked_dtype(x))
     if len(x) > PAIRED_ROWS:
         return _blocks(x, values, scale, place)
     x = x.reshape(len(x), -1, 2, HALF)
@@ -119,6 +119,7 @@ def _blocks(x: jax.Array, values: jax.Array, scale: jax.Array, place: jax.Array)
     def unpacked(start, size):
         bits = jax.lax.dynamic_slice(values, (place, 0, 0, start), (1, groups, HALF, size))[0].astype(jnp.int32)
         factor = jax.lax.dynamic_slice(scale, (place, 0, start), (1, groups, size))[0].astype(jnp.float32)[:, None]
-        return tuple(((half - 8).astype(jnp.float32) * factor).reshape(-1, size) for half in (bits & 15, bits >> 4))
+        both = (((half - 8).astype(jnp.float32) * factor).astype(x.dtype) for half in (bits & 15, bits >> 4))
+        return tuple(half.reshape(-1, size) for half in both)
 
     return by_columns_of_halves(jax.lax.optimization_barrier(halves(x)), outputs, COLUMNS, unpacked)

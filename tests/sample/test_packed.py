@@ -16,8 +16,8 @@ import gemma4_jax as g4
 from gemma4_jax import quantize
 from gemma4_jax.errors import ConfigError
 from gemma4_jax.packed import pack, unpack
+from gemma4_jax.sample import blocks, packed_columns, programs
 from gemma4_jax.sample import packed as reads
-from gemma4_jax.sample import packed_columns, programs
 from gemma4_jax.sample.packed_columns import by_columns
 from gemma4_jax.sample.packed_kernel import packed_product
 from gemma4_jax.sample.sampler import Sampler
@@ -70,6 +70,28 @@ def test_products_by_columns(rows, groups, outputs, layers, seed):
     )
     assert found.dtype == jnp.float32
     assert (np.abs(found - np.asarray(x, np.float64) @ weights.T) <= 2e-6 * bound).all()
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize(("scheme", "form"), [("int8", "integer"), ("int4", "blocked"), ("int4", "columns")])
+def test_prompts_of_bf16_use_the_units_for_it(scheme, form, units, monkeypatch):
+    """int8 exactly, int4 with weights rounded to bf16. A round's few rows stay in f32, so that one row and several agree."""
+    monkeypatch.setattr(blocks, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(reads, "BLOCK_NUMBERS", 80 * 192)
+    for rows, narrow in ((blocks.MANY + 1, units), (blocks.MANY, False)):
+        x, values, scale, _ = product_case(scheme, rows)
+        x = x.astype(jnp.bfloat16)
+        weights = np.asarray(unpack(values, scale), np.float64)
+        if form == "columns":
+            values, scale = by_columns(values, scale)
+        run = jax.jit(lambda *args: reads.read_packed(*args, form))
+        dots = [line for line in run.lower(x, values, scale).as_text().splitlines() if "stablehlo.dot_general" in line]
+        assert dots and all(("xbf16" in dot) == narrow for dot in dots)
+        found = run(x, values, scale)
+        assert found.dtype == jnp.float32
+        rounding = 2**-9 if narrow and scheme == "int4" else 1e-6
+        bound = rounding * np.abs(np.asarray(x, np.float64)) @ np.abs(weights).T
+        assert (np.abs(found - np.asarray(x, np.float64) @ weights.T) <= bound).all()
 
 
 def test_rows_by_columns_do_not_touch_each_other():
