@@ -96,7 +96,8 @@ def test_pairs_are_not_widened_in_memory():
 def test_large_f32_is_measured_once(monkeypatch, caplog):
     """And the answer follows the times: a tie leaves outputs first."""
     for turned, expected in ((1.0, True), (1.95, False), (3.0, False)):
-        seconds = iter([9.0, 9.0] + [turned, 2.0] * columns.TURNS)
+        both = [turned * share for share in (0.3, 0.7)] + [2.0 * share for share in (0.4, 0.6)]  # rows of both sizes
+        seconds = iter([9.0] * 4 + both * columns.TURNS)
         monkeypatch.setattr(columns, "_seconds", lambda *_, seconds=seconds: next(seconds))
         columns.inputs_first.cache_clear()
         with caplog.at_level("INFO", columns.__name__):
