@@ -6,7 +6,8 @@
     --resume auto|never|must  continue a run of the same config if there is one / never / or fail
     --dry_run                 print the resolved config and the plan (or a sweep's differences), run nothing
     --debug                   show tracebacks of config and data errors
-    --profile                 write a JAX profiler trace of a few steps to DIR/profile
+    --profile                 write a JAX profiler trace to DIR/profile: of a few training steps, of what sample generates,
+                              or of one more turn of our sides of a benchmark
 
 Exit codes: 0 done, 2 bad config or argument, 3 bad input data, 1 anything else (a full disk, a loss that is not finite), 143 /
 130 stopped by SIGTERM / Ctrl-C.
@@ -32,6 +33,8 @@ from gemma4_jax.train.signals import Interrupted, raise_on_sigterm
 ROOT = Path(__file__).resolve().parent
 INPUT_ERRORS = (ConfigError, DataError, CheckpointError, MediaError, PromptError)
 RESUME = ("auto", "never", "must")
+
+log = logging.getLogger(__name__)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,6 +134,11 @@ def run_one(config, workdir: Path, args: argparse.Namespace) -> int:
     try:
         with profiling.requested(workdir / "profile" if args.profile else None):
             results = experiment.run(config, workdir)
+            if args.profile and not profiling.folder().exists():
+                log.warning(
+                    "--profile: no trace was written; benchmarks and sample write one, and training from step %d on",
+                    profiling.FIRST_STEP + 1,
+                )
     except INPUT_ERRORS:
         if fresh and distributed.is_main() and not _has_begun(workdir):
             shutil.rmtree(workdir)  # made by this very call: a refused run leaves nothing half-written

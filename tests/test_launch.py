@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import experiments
 import launch
 from gemma4_jax.errors import CheckpointError, ConfigError, DataError
-from gemma4_jax.train import checkpoints, run_config, sweeps
+from gemma4_jax.train import checkpoints, profiling, run_config, sweeps
 from gemma4_jax.train.signals import Interrupted
 
 ROOT = Path(launch.__file__).parent
@@ -69,6 +69,15 @@ def test_a_run_writes_config_and_results(tmp_path, config_file, experiment):
     written = json.loads((tmp_path / "w" / "config.json").read_text())
     assert written["part"] == {"depth": 5} and written["name"] == "y" and written["sizes"] == [1, 2]
     assert experiment.calls[0][1] == tmp_path / "w"
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_trace_that_was_not_written_is_said(tmp_path, config_file, experiment, caplog, written):
+    experiment.run = lambda *_: (profiling.folder().mkdir() if written else None) or {}
+    assert run("--config", config_file, "--workdir", tmp_path / "w", "--profile") == 0
+    assert [r.getMessage() for r in caplog.records] == ([] if written else [
+        "--profile: no trace was written; benchmarks and sample write one, and training from step 4 on"
+    ])  # fmt: skip
 
 
 def test_default_workdir_is_named_after_the_config(tmp_path, config_file, experiment, monkeypatch):

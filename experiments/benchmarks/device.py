@@ -27,6 +27,7 @@ from experiments.benchmarks.filled import filled_bundle
 from experiments.benchmarks.load import weight_bytes
 from experiments.benchmarks.sampling import MEASURES
 from gemma4_jax.config import SCHEMES
+from gemma4_jax.train import profiling
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +94,12 @@ def _one(dtype: str, options: dict[str, Any], limit: dict[str, float]) -> dict[s
     read = parts["layers"] + parts["table"]
     found: dict[str, Any] = {"weight_bytes": sum(parts.values())}
     prepare = {mode: functools.partial(_prepare, mode, sampler, options) for mode in options["modes"]}
-    medians, crowded = _together(prepare, options["rounds"])
+    medians, crowded = _together(prepare, options["rounds"], dtype)
     found |= medians
     for mode in crowded:
         log.info("%s, %s: does not fit beside the other modes, and is measured alone", dtype, mode)
         gc.collect()
-        medians, lack = _medians(prepare[mode], options["rounds"])
+        medians, lack = _medians(prepare[mode], options["rounds"], f"{dtype}_{mode}")
         found |= medians
         if lack:
             log.warning("%s, %s: left out for want of memory: %s", dtype, mode, lack)
@@ -117,7 +118,7 @@ def _prepare(mode: str, sampler: g4.Sampler, options: dict[str, Any]) -> Callabl
     return MEASURES[mode](copy.copy(sampler), options)  # some exchange their sampler's drafter
 
 
-def _together(prepare: dict[str, Callable], rounds: int) -> tuple[dict[str, float], list[str]]:
+def _together(prepare: dict[str, Callable], rounds: int, dtype: str) -> tuple[dict[str, float], list[str]]:
     """Results of modes that are prepared at once, since most of the time goes into compiling, and the modes that did not fit.
     What an error holds is freed on return."""
     found: dict[str, float] = {}
@@ -125,18 +126,21 @@ def _together(prepare: dict[str, Callable], rounds: int) -> tuple[dict[str, floa
     with concurrent.futures.ThreadPoolExecutor() as pool:
         prepared = {mode: pool.submit(function) for mode, function in prepare.items()}
     for mode, future in prepared.items():
-        medians, lack = _medians(future.result, rounds)
+        medians, lack = _medians(future.result, rounds, f"{dtype}_{mode}")
         found |= medians
         if lack:
             crowded.append(mode)
     return found, crowded
 
 
-def _medians(prepare: Callable, rounds: int) -> tuple[dict[str, float], str]:
-    """Medians of what ``prepare()`` measures, or what is said of a lack of memory."""
+def _medians(prepare: Callable, rounds: int, name: str) -> tuple[dict[str, float], str]:
+    """Medians of what ``prepare()`` measures, or what is said of a lack of memory. name: of a trace, where one is wanted."""
     try:
         once = prepare()
         rows = [once() for _ in range(rounds)]
+        if profiling.folder():
+            with jax.profiler.trace(str(profiling.folder() / name)):
+                once()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -371,4 +371,4 @@ def _llama_cpp(options):
 
 if __name__ == "__main__":
     _options = json.loads(sys.argv[2])
-    serve(lambda: _prepare(_options))
+    serve(lambda: _prepare(_options), _options.get("trace"))

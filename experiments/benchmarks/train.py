@@ -155,4 +155,6 @@ def matrix(options: dict[str, Any]):
 
 if __name__ == "__main__":
     _side, _options = sys.argv[1], json.loads(sys.argv[2])
-    serve(lambda: {"ours": ours, "transformers": transformers, "matrix": matrix}[_side](_options))
+    serve(
+        lambda: {"ours": ours, "transformers": transformers, "matrix": matrix}[_side](_options), _options.get("trace")
+    )

@@ -17,7 +17,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from gemma4_jax.train import profiling
+
 Measurement = dict[str, float]
+OURS = "ours"  # how the names of our own sides begin
 # Of which the last counts: the first has to get back the memory that the machine took in the pause.
 MEASURED_PER_TURN = 2
 SETTLE_SECONDS = 0.3  # before a turn, until the threads of the one before have gone to sleep
@@ -34,6 +39,8 @@ class Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         environment["PYTHONPATH"] = path  # the command may be run from any folder
+        if profiling.folder() and side.startswith(OURS):
+            options = {**options, "trace": str(profiling.folder().resolve() / side)}
         self.side, self.process = side, None
         self._command, self._environment = [sys.executable, "-m", module, side, json.dumps(options)], environment
 
@@ -79,8 +86,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def serve(prepare: Callable[[], Callable[[], Measurement]]) -> None:
-    """The worker's side: prepare, then answer each line of stdin with a measurement. Libraries' chatter goes to stderr."""
+def serve(prepare: Callable[[], Callable[[], Measurement]], trace: str | None = None) -> None:
+    """The worker's side: prepare, then answer each line of stdin with a measurement. Libraries' chatter goes to stderr.
+
+    trace: folder of a profiler trace of one more measurement, after the last turn.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr
     measure = prepare()
     print(json.dumps({"ready": 1.0}), file=answers, flush=True)
@@ -88,6 +98,9 @@ def serve(prepare: Callable[[], Callable[[], Measurement]]) -> None:
         result = [measure() for _ in range(MEASURED_PER_TURN)][-1]
         result["peak_bytes"] = peak_bytes()
         print(json.dumps(result), file=answers, flush=True)
+    if trace:
+        with jax.profiler.trace(trace):
+            measure()
 
 
 def alternate(workers: Iterable[Worker], rounds: int) -> dict[str, Measurement]:

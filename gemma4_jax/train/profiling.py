@@ -1,4 +1,4 @@
-"""The profiler request of ``launch.py --profile``, picked up by the training loop."""
+"""The profiler request of ``launch.py --profile``, picked up by what traces itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("profile_f
 
 @contextlib.contextmanager
 def requested(folder: Path | None) -> Iterator[None]:
-    """Training loops inside write a trace of a few steps to ``folder``; None: they do not."""
+    """What runs inside writes a trace to ``folder``; None: it does not."""
     token = _folder.set(folder)
     try:
         yield

@@ -13,6 +13,7 @@ from configs import benchmark
 from experiments.benchmarks import device, sampling
 from experiments.benchmarks.filled import filled_bundle
 from gemma4_jax.packed import unpack
+from gemma4_jax.train import profiling
 from gemma4_jax.train.state import Network
 
 
@@ -47,8 +48,10 @@ def test_made_up_weights_have_the_deviation_of_real_ones(scheme):
     np.testing.assert_array_equal(bundle.model.final_norm.weight[...], 1)
 
 
-def test_shares_of_the_device(small):
-    found = device.measure(small, 0)
+def test_shares_of_the_device(small, tmp_path):
+    with profiling.requested(tmp_path):
+        found = device.measure(small, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {f"int8_{mode}" for mode in small["modes"]}
     assert found["device"] == jax.devices()[0].device_kind
     config = dataclasses.replace(sampling.model_config(small, "bfloat16"), quantization="int8", scan_layers=False)
     shapes = Network(config).shapes

@@ -17,7 +17,10 @@ def test_both_sides_measured(tmp_path):
     )
     flags = [f"--config.{field}" for field in overrides]
     workdir = tmp_path / "w"
-    assert launch.main(["--config", "configs/benchmark.py:train", "--workdir", str(workdir), *flags]) == 0
+    assert launch.main(["--config", "configs/benchmark.py:train", "--workdir", str(workdir), "--profile", *flags]) == 0
+    assert [path.name for path in (workdir / "profile").iterdir()] == ["ours"]
+    (trace,) = (workdir / "profile" / "ours").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
     results = json.loads((workdir / "results.json").read_text())
     assert results["tokens_per_step"] == 32
     ratio = results["ours_tokens_per_second"] / results["transformers_tokens_per_second"]
