@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma4_jax.model.apart import runs_apart
-from gemma4_jax.model.products import has_bf16_units
+from gemma4_jax.model.products import has_bf16_units, product
 from gemma4_jax.packed import GROUP
 
 MANY = 24  # rows; more are a prompt's
@@ -63,8 +63,7 @@ def by_columns_of_halves(
     def block(start, y):
         # The barrier keeps the unpacking out of the products' inner loops.
         weights = jax.lax.optimization_barrier(unpacked(start, size))
-        parts = zip(x, weights, strict=True)
-        new = sum(jnp.einsum("mi,io->mo", *part, preferred_element_type=jnp.float32) for part in parts)
+        new = sum(product("mi,io->mo", half, some) for half, some in zip(x, weights, strict=True))
         return jax.lax.dynamic_update_slice(y, new, (jnp.int32(0), start))
 
     return over_blocks(outputs, size, block, to_write_over(x[0], outputs))

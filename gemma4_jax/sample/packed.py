@@ -160,7 +160,7 @@ def _rows(part: jax.Array, place: jax.Array | int, start: jax.Array, size: int) 
 def _product(x: jax.Array, weights: jax.Array) -> jax.Array:
     # The barrier keeps the conversion out of the product's inner loop.
     weights = jax.lax.optimization_barrier(weights)
-    return jnp.einsum("mi,oi->mo", x, weights, preferred_element_type=jnp.float32)
+    return product("mi,oi->mo", x, weights)
 
 
 def _block_int8(x, values, scale):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
+from collections.abc import Iterable
 
 from gemma4_jax.errors import ConfigError
 
@@ -70,7 +73,6 @@ class DraftPolicy:
     def next(self, most: int = steady_rounds) -> tuple[int, int]:
         """(draft length, rounds) of the next run, of ``most`` rounds at most."""
         self.run_rounds = min(most, self.steady_rounds)
-        trial = min(most, self.trial_rounds)
         if self.fixed is not None:
             return self.fixed, self.run_rounds
         if self.run_seconds is None:
@@ -80,6 +82,7 @@ class DraftPolicy:
                 return length, min(most, rounds)
         best = self.best()
         neighbour = self._neighbour(best)
+        trial = min(most, self.trial_rounds)
         if self.steady_seconds * self.trial_share >= trial * self._cost(neighbour):
             self.steady_seconds, self.retries = 0.0, self.retries + 1
             return neighbour, trial
@@ -125,11 +128,7 @@ class DraftPolicy:
 
     def tokens_per_round(self, length: int) -> float:
         """Expected tokens of a round with this draft length."""
-        total, reach = 1.0, 1.0
-        for j in range(length):
-            reach *= self.acceptance(j)
-            total += reach
-        return total
+        return _tokens(self.acceptance(j) for j in range(length))
 
     def best(self) -> int:
         """The measured length with the most tokens per second."""
@@ -142,11 +141,8 @@ class DraftPolicy:
 
     def _hopeful(self, length: int) -> bool:
         """Whether drafts could still beat plain rounds, had each step been accepted once more than it was."""
-        total, reach = 1.0, 1.0
-        for tried, passed in zip(self.tried[:length], self.passed[:length], strict=True):
-            reach *= (passed + 1) / (tried + 1)
-            total += reach
-        return total / self._cost(length) > 1 / self._cost(0)
+        tokens = _tokens((self.passed[j] + 1) / (self.tried[j] + 1) for j in range(length))
+        return tokens / self._cost(length) > 1 / self._cost(0)
 
     def _may_pay(self, length: int) -> bool:
         """Whether a length could beat the best one, its cost guessed along the line through the nearest measured two."""
@@ -157,3 +153,8 @@ class DraftPolicy:
         guess = self._cost(low) + slope * (length - low)
         best = self.best()
         return self.tokens_per_round(length) / guess > self.tokens_per_round(best) / self._cost(best)
+
+
+def _tokens(chances: Iterable[float]) -> float:
+    """Expected tokens of a round: one, and as many drafts as are accepted one after the other."""
+    return sum(itertools.accumulate(chances, operator.mul), start=1.0)
